@@ -1,0 +1,93 @@
+"""Dataclasses from untrusted mappings (TOML, `--set`): no unknown field, no wrong type, the nearest name offered."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ldm_pipe.errors import UsageError, unknown
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make the dataclass `cls` from a mapping. `where` names the source in errors ("sampler ddim", "recipe.toml").
+
+    Integers are taken where floats are asked for, strings such as "0.5" or "true" are read as the field's type (they
+    come from the command line), lists become tuples. Raises UsageError on anything else.
+    """
+    where = where or cls.__name__
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in fields:
+            raise UsageError(unknown(f"field of {where}", name, fields))
+    missing = [n for n, f in fields.items() if _required(f) and n not in values]
+    if missing:
+        raise UsageError(f"{where} needs {', '.join(missing)}")
+    return cls(**{n: coerce(v, hints[n], f"{where}: {n}") for n, v in values.items()})
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type, or UsageError naming `where` and what is allowed."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _first_that_fits(value, args, where)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise UsageError(f"{where} is {value!r}; choose from {', '.join(map(str, args))}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UsageError(f"{where} takes a list, got {value!r}")
+        kinds = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise UsageError(f"{where} takes {len(kinds)} values, got {len(value)}")
+        return tuple(coerce(v, k, where) for v, k in zip(value, kinds, strict=True))
+    return _scalar(value, hint, where)
+
+
+def _first_that_fits(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if type(None) in options:
+            return None
+    wanted = [o for o in options if o is not type(None)]
+    for option in wanted[:-1]:
+        try:
+            return coerce(value, option, where)
+        except UsageError:
+            continue
+    return coerce(value, wanted[-1], where)
+
+
+def _scalar(value: Any, hint: Any, where: str) -> Any:
+    text = isinstance(value, str)
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if text and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = hint(value) if text or hint is float else value
+        except (TypeError, ValueError):
+            number = None
+        if isinstance(number, hint):
+            return number
+    elif hint is str and text:
+        return value
+    elif hint is Any or (isinstance(hint, type) and hint not in (bool, int, float, str) and isinstance(value, hint)):
+        return value
+    raise UsageError(f"{where} is {value!r}; it takes {_says(hint)}")
+
+
+def _says(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
