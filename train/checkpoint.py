@@ -53,12 +53,10 @@ def restore(
     return 0
 
 
-def export(output: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill `<output>/export`, whole or not at all."""
-    folder = output / "export"
+def export(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, whole or not at all; an older export is replaced once the new one stands."""
     with files.new_folder(folder, replace=True) as temp:
         write(temp)
-    return folder
 
 
 def _fault(folder: Path) -> str:

@@ -78,7 +78,8 @@ def run(task: Task, job: Job) -> Path:
     """Train `task` by `job`, resuming from the newest valid checkpoint. Returns the folder of the exported model."""
     accelerator = Accelerator(mixed_precision=job.precision)
     torch.manual_seed(job.seed)  # initial weights only
-    net = task.net()
+    with accelerator.main_process_first():  # what the first makes (caches), the others read
+        net = task.net()
     if job.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -96,8 +97,12 @@ def run(task: Task, job: Job) -> Path:
         log.step(step, losses)
         if accelerator.is_main_process and ((step + 1) % job.save_every == 0 or step + 1 == last):
             checkpoint.save(output, step + 1, net, ema, optimiser, keep=job.keep)
-    with ema.swapped(net):
-        return checkpoint.export(output, lambda folder: task.export(net, folder))
+    folder = output / "export"
+    if accelerator.is_main_process:
+        with ema.swapped(net):
+            checkpoint.export(folder, lambda temp: task.export(net, temp))
+    accelerator.wait_for_everyone()
+    return folder
 
 
 def _step(

@@ -1,0 +1,1 @@
+"""Closed-form denoisers: what a perfect network would say, for judging samplers without one."""

@@ -1,0 +1,43 @@
+"""Applying Guidance in a Limited Interval Improves Sample and Distribution Quality, Kynkaanniemi et al. 2024, 2404.07724."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ldm_pipe.errors import UsageError
+from ldm_pipe.guidance.cfg import CFG
+from ldm_pipe.level import Level
+from ldm_pipe.model import Estimate, Rule
+
+
+@dataclass(frozen=True)
+class Between:
+    """The rule inside lo <= u < hi, the positive branch alone elsewhere, where the other branches are not evaluated.
+
+    lo, hi: in u = sigma / (alpha + sigma), 0..1 with 1 = all noise; the interval is half-open, but hi = 1 includes u = 1.
+    """
+
+    lo: float
+    hi: float
+    rule: Rule = field(default_factory=CFG)
+    positive: str = "cond"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lo <= self.hi <= 1:
+            raise UsageError(f"between takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
+
+    def inside(self, level: Level) -> bool:
+        """Does the rule apply at this level?"""
+        u = float(level.u)
+        return self.lo <= u < self.hi or (self.hi == 1 and u == 1)
+
+    def needs(self, level: Level) -> tuple[str, ...]:
+        """The inner rule's branches inside the interval, else the positive one."""
+        return self.rule.needs(level) if self.inside(level) else (self.positive,)
+
+    def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
+        """The inner rule's estimate inside the interval, else the positive branch's."""
+        return self.rule(estimates, x, level) if self.inside(level) else estimates[self.positive]

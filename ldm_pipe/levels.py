@@ -1,0 +1,124 @@
+"""Spacings: functions from a path and a number of steps to a list of steps + 1 levels, the last one clean.
+
+Spacing is not a sampler's business: any list of levels goes with any sampler. The times they choose are the path's own
+(0..T-1 for VP, a thousandth to 1 for Flow); VP times are whole numbers, because only those were trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ldm_pipe.errors import UsageError
+from ldm_pipe.level import CLEAN, Level, Path
+
+MOST_STEPS = 10_000
+
+
+def leading(path: Path, steps: int, offset: int = 1) -> list[Level]:
+    """Every (T // steps)-th time from `offset` on: Stable Diffusion's default, whose first level is not all noise.
+
+    Common Diffusion Noise Schedules and Sample Steps are Flawed, Lin et al. 2023, arXiv 2305.08891, table 2.
+    """
+    span = _span(path, steps)
+    jump = span // steps
+    if jump < 1:
+        raise UsageError(f"steps is {steps}; leading takes 1 to {span}")
+    return _walk(path, [min(i * jump + offset, span - 1) + path.first for i in reversed(range(steps))])
+
+
+def trailing(path: Path, steps: int) -> list[Level]:
+    """From the very last time down in jumps of T / steps (Lin et al. 2023, table 2): right for few steps and zero SNR."""
+    span = _span(path, steps)
+    if path.discrete and steps > span:
+        raise UsageError(f"steps is {steps}; trailing takes 1 to {span}")
+    times = [span - i * span / steps for i in range(steps)]
+    return _walk(path, [(_nearest(t) if path.discrete else t) - 1 + path.first for t in times])
+
+
+def linspace(path: Path, steps: int) -> list[Level]:
+    """Evenly spaced times, both ends included."""
+    times = _line(path.last, path.first, _count(steps))
+    return _walk(path, [float(_nearest(t)) for t in times] if path.discrete else times)
+
+
+def quadratic(path: Path, steps: int, part: float = 0.8) -> list[Level]:
+    """Squares of evenly spaced roots up to part * T: DDIM's spacing for CIFAR-10 (Song et al. 2020, arXiv 2010.02502, D.2)."""
+    span = _span(path, steps)
+    roots = _line(0.0, math.sqrt(span * part), steps)
+    times = [float(int(r * r)) if path.discrete else r * r for r in roots]
+    return _walk(path, [min(t + path.first, path.last) for t in reversed(times)])
+
+
+def karras(
+    path: Path, steps: int, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None
+) -> list[Level]:
+    """Even steps of (sigma / alpha)^(1 / rho). Karras et al. 2022, arXiv 2206.00364, eq. 5.
+
+    sigma_min, sigma_max: ends of sigma / alpha; by default the path's. Raises UsageError where the path ends in alpha = 0.
+    """
+    low = path.level(path.first).ratio if sigma_min is None else sigma_min
+    high = path.level(path.last).ratio if sigma_max is None else sigma_max
+    if not (0 < low < high < math.inf and rho > 0):
+        raise UsageError(
+            f"karras needs 0 < sigma_min < sigma_max < inf and rho > 0, got {low:.4g}, {high:.4g}, {rho:.4g}"
+            + ("; this path ends in alpha = 0, give sigma_max" if math.isinf(high) else "")
+        )
+    roots = _line(high ** (1 / rho), low ** (1 / rho), _count(steps))
+    return [*(_place(path, Level(1.0, r**rho)) for r in roots), CLEAN]
+
+
+def flow(path: Path, steps: int, shift: float = 3.0, base: str = "linspace") -> list[Level]:
+    """Another spacing with sigma / alpha multiplied by `shift` at every level: u' = k u / (1 + (k - 1) u).
+
+    Scaling Rectified Flow Transformers, Esser et al. 2024, arXiv 2403.03206, eq. 23. shift 1 is the base spacing.
+    base: "linspace" (Stable Diffusion 3) or "trailing" (Flux).
+    """
+    if base not in ("linspace", "trailing"):
+        raise UsageError(f"flow: base is {base!r}; choose from linspace, trailing")
+    if not 0 < shift < math.inf:
+        raise UsageError(f"flow: shift is {shift}; it takes a number above 0")
+    plain = linspace(path, steps) if base == "linspace" else trailing(path, steps)
+    if shift == 1:
+        return plain
+    return [*(_place(path, Level(lv.alpha, shift * lv.sigma)) for lv in plain[:-1]), CLEAN]
+
+
+def tail(levels: Sequence[Level], strength: float) -> list[Level]:
+    """The end of a walk for an image noised by `strength` (0..1, 1 = all): SDEdit's start. At least one step stays."""
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength is {strength}; it takes a number above 0, at most 1")
+    steps = max(1, round((len(levels) - 1) * strength))
+    return list(levels[len(levels) - 1 - steps :])
+
+
+def _walk(path: Path, times: Sequence[float]) -> list[Level]:
+    """The levels of falling times (a time met twice is kept once), then the clean one."""
+    kept = [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
+    return [*(path.level(t) for t in kept), CLEAN]
+
+
+def _place(path: Path, level: Level) -> Level:
+    """The level of the same ratio in the path's own coordinates, within its range."""
+    return path.level(float(path.time(level)))
+
+
+def _span(path: Path, steps: int) -> int:
+    if not (path.discrete or path.last == 1000 * path.first):
+        raise UsageError(f"{type(path).__name__} has no table of times; use karras or linspace")
+    _count(steps)
+    return round(path.last - path.first) + 1
+
+
+def _count(steps: int) -> int:
+    if not 1 <= steps <= MOST_STEPS:
+        raise UsageError(f"steps is {steps}; it takes 1 to {MOST_STEPS}")
+    return steps
+
+
+def _line(start: float, end: float, count: int) -> list[float]:
+    return [start + (end - start) * i / max(1, count - 1) for i in range(count)]
+
+
+def _nearest(value: float) -> int:
+    return round(value)

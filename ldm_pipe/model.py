@@ -1,0 +1,143 @@
+"""A network with its path and its prediction becomes a Denoiser: (x, level) -> Estimate. Every method sees only that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe.cond import Cond
+from ldm_pipe.errors import UsageError
+from ldm_pipe.level import Level, Path
+from ldm_pipe.prediction import Prediction
+
+
+class Estimate(NamedTuple):
+    """What a denoiser makes of x: the clean image and the noise, [B,C,H,W].
+
+    log_var: a learned variance's raw half in -1..1, interpolating between the two bounds of the reverse variance
+    (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 15); None for other networks.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    log_var: Tensor | None = None
+
+    def with_x0(self, change: Callable[[Tensor], Tensor], x: Tensor, level: Level, keep_noise: bool = False) -> Estimate:
+        """The estimate with a changed x0. The noise follows from it, unless the method keeps the network's own."""
+        x0 = change(self.x0)
+        return Estimate(x0, self.noise if keep_noise else level.noise(x, x0), self.log_var)
+
+
+class Denoiser(Protocol):
+    """Any callable (x, level) -> Estimate; x: [B,C,H,W] in at least fp32."""
+
+    def __call__(self, x: Tensor, level: Level) -> Estimate:
+        """Estimate x0 and noise of an x that lies at `level`."""
+
+
+class Network(Protocol):
+    """A raw network: (x [B,C,H,W], time [B], cond) -> output [B,C,H,W] (or [B,2C,H,W] with a learned variance)."""
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """The output, in whatever the network predicts."""
+
+
+CondAt = Callable[[Level], Cond]
+
+
+class Model(nn.Module):
+    """Network + Path + Prediction. The network runs in its own dtype, x and the estimates stay in at least fp32.
+
+    `evaluations` counts, over the life of the model, how many images the network has seen for each branch.
+    """
+
+    def __init__(self, network: Network, path: Path, prediction: Prediction, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.network, self.path, self.prediction, self.dtype = network, path, prediction, dtype
+        self.evaluations: Counter[str] = Counter()
+
+    def raw(self, x: Tensor, level: Level, cond: Cond) -> tuple[Tensor, Tensor, Level]:
+        """(inside, out, own): x as the network takes it, its output, and its level there. `level` holds floats, or one
+        [B,1,1,1] tensor each when training; own has x0 / path.data_std as its clean image."""
+        scale, own = self.path.rescale(level)
+        time = torch.as_tensor(self.path.time(level), dtype=torch.float32, device=x.device).flatten().expand(len(x))
+        inside = x * scale
+        return inside, self.network(inside.to(self.dtype or x.dtype), time, cond).to(x.dtype), own
+
+    def forward(self, x: Tensor, level: Level, cond: Cond) -> Estimate:
+        """One evaluation: x [B,C,H,W] at `level` under B conditions."""
+        inside, out, own = self.raw(x, level, cond)
+        log_var = None
+        if out.shape[1] == 2 * x.shape[1]:  # a learned variance is split off before any guidance
+            out, log_var = out.chunk(2, dim=1)
+        x0 = self.prediction.x0(inside, out, own)
+        return Estimate(x0 * self.path.data_std, self.prediction.noise(inside, out, own), log_var)
+
+    def bind(self, cond: Cond | CondAt, name: str = "cond") -> Denoiser:
+        """A Denoiser under one condition."""
+        branches = self.branches(**{name: cond})
+        return lambda x, level: branches(x, level, (name,))[name]
+
+    def branches(self, **conds: Cond | CondAt) -> Branches:
+        """Several estimates of one x from one batched call; a condition may be a function of the level."""
+        return Branches(self, conds)
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """The named conditions of one run. Make it fresh for every run: `evaluations` counts images per branch.
+
+    `others` are branches that another denoiser answers (a weaker model, a perturbed network).
+    """
+
+    model: Model
+    conds: Mapping[str, Cond | CondAt]
+    others: Mapping[str, Denoiser] = field(default_factory=dict)
+    evaluations: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, x: Tensor, level: Level, names: Sequence[str]) -> dict[str, Estimate]:
+        """Estimates of x [B,C,H,W] for the named branches, those of this model from one call of [len(names) * B]."""
+        own = [n for n in names if n in self.conds]
+        missing = [n for n in names if n not in self.conds and n not in self.others]
+        if missing:
+            raise UsageError(f"the guidance needs a branch {missing[0]!r}; this run has {', '.join(self.conds)}")
+        estimates = {n: self.others[n](x, level) for n in names if n in self.others}
+        for n in names:
+            self.evaluations[n] += len(x)
+        if own:
+            cond = Cond.cat([self._cond(n, level) for n in own])
+            both = self.model(torch.cat([x] * len(own)) if len(own) > 1 else x, level, cond)
+            self.model.evaluations.update({n: len(x) for n in own})
+            estimates.update(zip(own, _split(both, len(own)), strict=True))
+        return estimates
+
+    def _cond(self, name: str, level: Level) -> Cond:
+        cond = self.conds[name]
+        return cond if isinstance(cond, Cond) else cond(level)
+
+
+def _split(estimate: Estimate, parts: int) -> list[Estimate]:
+    halves = [t.chunk(parts) if t is not None else (None,) * parts for t in estimate]
+    return [Estimate(*row) for row in zip(*halves, strict=True)]  # type: ignore[arg-type]
+
+
+class Rule(Protocol):
+    """How branches combine. A branch that is not needed at a level is not evaluated there. Rules nest."""
+
+    def needs(self, level: Level) -> tuple[str, ...]:
+        """Names of the branches that this level needs."""
+
+    def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
+        """Combine the estimates of the needed branches."""
+
+
+def guided(branches: Branches, rule: Rule) -> Denoiser:
+    """The Denoiser that a rule makes of branches. A rule that keeps state over a run has `fresh()`, called here."""
+    fresh = getattr(rule, "fresh", None)
+    active: Rule = fresh() if fresh else rule
+    return lambda x, level: active(branches(x, level, active.needs(level)), x, level)

@@ -1,0 +1,1 @@
+"""Foreign networks, each wrapped once: (x, time, cond) -> raw output."""

@@ -1,0 +1,118 @@
+"""Methods by name: "module:Class" strings, built strictly from fields, listed without importing anything.
+
+Names, fields, defaults and the first line of a docstring are read from the source by AST, so nothing is written twice and
+`generate --list` imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm_pipe import strict
+from ldm_pipe.errors import UsageError, unknown
+
+KINDS: dict[str, dict[str, str]] = {
+    "sampler": {
+        "ddim": "ldm_pipe.samplers.ddim:DDIM",
+        "ddpm": "ldm_pipe.samplers.ddpm:DDPM",
+        "dpm2m": "ldm_pipe.samplers.dpm2m:DPM2M",
+        "euler": "ldm_pipe.samplers.euler:Euler",
+        "heun": "ldm_pipe.samplers.heun:Heun",
+        "renoise": "ldm_pipe.samplers.renoise:Renoise",
+    },
+    "rule": {
+        "between": "ldm_pipe.guidance.between:Between",
+        "cfg": "ldm_pipe.guidance.cfg:CFG",
+        "rescale": "ldm_pipe.guidance.rescale:Rescale",
+    },
+    "spacing": {
+        "flow": "ldm_pipe.levels:flow",
+        "karras": "ldm_pipe.levels:karras",
+        "leading": "ldm_pipe.levels:leading",
+        "linspace": "ldm_pipe.levels:linspace",
+        "quadratic": "ldm_pipe.levels:quadratic",
+        "trailing": "ldm_pipe.levels:trailing",
+    },
+}
+
+
+class Entry(NamedTuple):
+    """What `--list` shows of one method: its fields as (name, default as source) and its first docstring line."""
+
+    name: str
+    fields: tuple[tuple[str, str], ...]
+    summary: str
+
+
+def target(kind: str, name: str) -> str:
+    """The "module:Class" of a name, or UsageError naming the nearest known one."""
+    if kind not in KINDS:
+        raise UsageError(unknown("kind of method", kind, KINDS))
+    if name not in KINDS[kind]:
+        raise UsageError(unknown(kind, name, KINDS[kind]))
+    return KINDS[kind][name]
+
+
+def build(kind: str, name: str, **fields: Any) -> Any:
+    """Build a method by name: `build("sampler", "ddim", eta=0.5)`. A spacing comes back as a function (path, steps) -> levels.
+
+    Raises UsageError on an unknown kind, name or field, or a value of the wrong type.
+    """
+    module, _, attribute = target(kind, name).partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    where = f"{kind} {name}"
+    return strict.build(found, fields, where) if inspect.isclass(found) else _bound(found, fields, where)
+
+
+def _bound(function: Any, fields: Mapping[str, Any], where: str) -> Any:
+    """The function with its options given; its first two parameters are (path, steps)."""
+    hints = typing.get_type_hints(function)
+    options = list(inspect.signature(function).parameters)[2:]
+    for field in fields:
+        if field not in options:
+            raise UsageError(unknown(f"field of {where}", field, options))
+    return functools.partial(function, **{n: strict.coerce(v, hints[n], f"{where}: {n}") for n, v in fields.items()})
+
+
+def entry(kind: str, name: str) -> Entry:
+    """Read one method's entry from its source, without importing it."""
+    module, _, attribute = target(kind, name).partition(":")
+    node = next(n for n in _tree(module).body if getattr(n, "name", None) == attribute)
+    assert isinstance(node, ast.ClassDef | ast.FunctionDef)
+    if isinstance(node, ast.ClassDef):
+        rows = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
+        fields = tuple((ast.unparse(n.target), ast.unparse(n.value) if n.value else "required") for n in rows)
+    else:
+        args, defaults = node.args.args, node.args.defaults
+        given = dict(zip([a.arg for a in args[-len(defaults) :]], defaults, strict=True)) if defaults else {}
+        fields = tuple((n, ast.unparse(d)) for n, d in given.items())
+    return Entry(name, fields, _summary(ast.get_docstring(node) or ""))
+
+
+def entries(kind: str) -> list[Entry]:
+    """All entries of a kind, by name."""
+    if kind not in KINDS:
+        raise UsageError(unknown("kind of method", kind, KINDS))
+    return [entry(kind, name) for name in sorted(KINDS[kind])]
+
+
+def _summary(doc: str) -> str:
+    paragraph = " ".join(doc.split("\n\n")[0].split())
+    return paragraph.split(". ")[0].rstrip(".")
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    path = Path(next(iter(spec.submodule_search_locations)), *rest.split("."))
+    return ast.parse(path.with_suffix(".py").read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Samplers: one published method per file, each a frozen dataclass with one `step`."""

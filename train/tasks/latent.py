@@ -1,0 +1,164 @@
+"""Latent diffusion: a cross-attention U-Net on the codec's latents, with its text encoder.
+
+High-Resolution Image Synthesis with Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752, eq. 3; conditioning
+dropout of Classifier-Free Diffusion Guidance, Ho and Salimans 2022, arXiv 2207.12598, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe.cond import Cond
+from ldm_pipe.level import Flow
+from ldm_pipe.model import Model
+from ldm_pipe.networks.unet import UNet
+from ldm_pipe.prediction import FLOW
+from train.data.latents import LatentCache
+from train.loop import Batch
+from train.objectives.denoise import LogitNormal, denoising_loss
+from train.world import scene_at
+from train.world.scenes import caption
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Trains a U-Net, and its text encoder with it, on latents that are computed once.
+
+    codec, text: exports of the stages before. scenes: how many are cached; each visit draws one of its captions anew.
+    dropout: share of captions left empty. mean, deviation: of the logit-normal level distribution.
+    train_text: train the text encoder jointly (False: keep the contrastive one frozen).
+    """
+
+    codec: str
+    text: str
+    scenes: int = 60_000
+    channels: tuple[int, ...] = (192, 384)
+    layers: int = 2
+    head: int = 32
+    dropout: float = 0.1
+    mean: float = 0.0
+    deviation: float = 1.0
+    train_text: bool = True
+
+    def net(self) -> nn.Module:
+        """The trainable pair of U-Net and text encoder."""
+        from transformers import CLIPTextModel
+
+        text = CLIPTextModel.from_pretrained(Path(self.text) / "text_encoder")
+        text.requires_grad_(self.train_text)
+        latents = self._cache()
+        from diffusers import UNet2DConditionModel
+
+        n = len(self.channels)
+        unet = UNet2DConditionModel(
+            sample_size=latents.shape[-1],
+            in_channels=latents.shape[0],
+            out_channels=latents.shape[0],
+            layers_per_block=self.layers,
+            block_out_channels=self.channels,
+            down_block_types=("CrossAttnDownBlock2D",) * n,
+            up_block_types=("CrossAttnUpBlock2D",) * n,
+            cross_attention_dim=text.config.hidden_size,
+            attention_head_dim=self.head,
+            resnet_time_scale_shift="scale_shift",
+            addition_embed_type="text",  # the prompt also scales every block, not only through cross-attention
+            addition_embed_type_num_heads=4,
+        )
+        nn.init.zeros_(unet.conv_out.weight)  # a zero output is the best guess before anything is known
+        nn.init.zeros_(unet.conv_out.bias)
+        return LatentLoss(unet, text, LogitNormal(self.mean, self.deviation))
+
+    def _cache(self) -> LatentCache:
+        return _cache(self.codec, self.scenes)
+
+    def batch(self, seed: int, ids: Sequence[int]) -> Batch:
+        """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]."""
+        latents = self._cache()
+        rows, words, noise, normal = [], [], [], []
+        for i in ids:
+            rng = np.random.Generator(np.random.Philox(key=[seed + 11, i]))
+            row = latents.row(seed, i)
+            rows.append(row)
+            text = caption(scene_at(latents.seed, row)[0], rng)
+            words.append("" if rng.random() < self.dropout else text)
+            normal.append(rng.standard_normal())
+            noise.append(rng.standard_normal(latents.shape, dtype=np.float32))
+        tokens = _tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return {
+            "x0": latents.take(rows),
+            "noise": torch.from_numpy(np.stack(noise)),
+            "normal": torch.tensor(normal, dtype=torch.float32),
+            "tokens": tokens,
+        }
+
+    def export(self, net: nn.Module, folder: Path) -> None:
+        """Write a whole model: `unet/`, `text_encoder/`, and copies of `vae/`, `tokenizer/`, `clip/`, with the index."""
+        net.model.network.unet.save_pretrained(folder / "unet")
+        net.text.save_pretrained(folder / "text_encoder")
+        shutil.copytree(Path(self.codec) / "vae", folder / "vae")
+        for part in ("tokenizer", "clip"):
+            shutil.copytree(Path(self.text) / part, folder / part)
+        write_index(folder)
+
+
+def write_index(folder: Path) -> None:
+    """`model_index.json` and `scheduler/`, so that diffusers' StableDiffusionPipeline reads the folder too."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, algorithm_type="dpmsolver++"
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@cache
+def _cache(codec: str, scenes: int) -> LatentCache:
+    return LatentCache.of(Path(codec) / "vae", scenes)
+
+
+@cache
+def _tokenizer(folder: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
+
+
+class LatentLoss(nn.Module):
+    """The denoising loss of a batch, text encoder included."""
+
+    def __init__(self, unet: nn.Module, text: nn.Module, levels: LogitNormal) -> None:
+        super().__init__()
+        self.model, self.text, self.levels = Model(UNet(unet), Flow(), FLOW), text, levels
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> loss: mean squared error of the flow; and its means over the noisy and the clean half of the levels."""
+        tokens = self.text(batch["tokens"]).last_hidden_state
+        level = self.levels(batch["normal"])
+        loss = denoising_loss(self.model, batch["x0"], batch["noise"], level, Cond(tokens=tokens))
+        noisy = (batch["normal"] > 0).float()
+        halves = {"noisy": (loss * noisy).sum() / noisy.sum(), "clean": (loss * (1 - noisy)).sum() / (1 - noisy).sum()}
+        return {"loss": loss.mean(), **halves}
