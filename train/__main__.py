@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = read_recipe(args.config, args.set)
         folder = _run(recipe, args.config)
-        print(f"exported to {folder}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"exported to {folder}")
         return 0
     except LdmError as error:
         if args.debug:

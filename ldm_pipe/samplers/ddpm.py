@@ -17,7 +17,7 @@ from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.sample import Sampler, Step
+from ldm_pipe.walk import Sampler, Step
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.sample import Sampler, Step
+from ldm_pipe.walk import Sampler, Step
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ def _encode(vae: Path, scenes: int, batch: int = 32) -> Tensor:
     from diffusers import AutoencoderKL
 
     codec = AutoencoderKL.from_pretrained(vae).eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the other processes of the run wait for this one
     parts = []
     for first in range(0, scenes, batch):
         images = np.stack([render(scene_at(SEED, i)[0]) for i in range(first, min(first + batch, scenes))])
@@ -74,4 +77,5 @@ def _encode(vae: Path, scenes: int, batch: int = 32) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.mkldnn.is_available()):
             mean = codec.encode(pixels).latent_dist.mean.float()
         parts.append(((mean - codec.config.shift_factor) * codec.config.scaling_factor).half())
+    torch.set_num_threads(threads)
     return torch.cat(parts)

@@ -21,11 +21,12 @@ from train.world.words import make_tokenizer, save_tokenizer
 
 @dataclass(frozen=True)
 class Clip:
-    """A small CLIPModel. width: of both towers; window: tokens of a prompt; patch: pixels of an image patch."""
+    """A small CLIPModel. width, image_width: of the towers; window: tokens of a prompt; patch: pixels of an image patch."""
 
     width: int = 192
-    text_layers: int = 4
-    image_layers: int = 4
+    image_width: int = 128
+    text_layers: int = 3
+    image_layers: int = 3
     heads: int = 4
     projection: int = 128
     window: int = 24
@@ -37,15 +38,17 @@ class Clip:
 
         tokenizer = make_tokenizer(self.window)
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        tower = {"hidden_size": self.width, "intermediate_size": 4 * self.width, "num_attention_heads": self.heads}
         text = {"vocab_size": len(tokenizer), "max_position_embeddings": self.window, "num_hidden_layers": self.text_layers}
         image = {"image_size": 64, "patch_size": self.patch, "num_hidden_layers": self.image_layers}
         config = CLIPConfig(
-            text_config={**tower, **text, **ends, "pad_token_id": tokenizer.pad_token_id},
-            vision_config={**tower, **image},
+            text_config={**self._tower(self.width), **text, **ends, "pad_token_id": tokenizer.pad_token_id},
+            vision_config={**self._tower(self.image_width), **image},
             projection_dim=self.projection,
         )
         return ClipLoss(CLIPModel(config))
+
+    def _tower(self, width: int) -> dict[str, int]:
+        return {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": self.heads}
 
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
         """images: [B,3,64,64] in -1..1; tokens: [B,L]."""

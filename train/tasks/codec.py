@@ -26,7 +26,8 @@ class Codec:
     crop: train on windows of this size around objects (0: whole scenes). A convolutional codec learns sprites as well
     from a quarter of the pixels, at four times the speed; finish on whole scenes.
     vary: share of scenes mirrored and with exchanged colour channels, so that the codec also serves unseen sprites.
-    start: an exported codec to start from ("": from scratch).
+    start: an exported codec whose weights are taken where names and shapes agree ("": from scratch). One of another depth
+    lends its layers of full resolution, which take longest to learn.
     """
 
     channels: tuple[int, ...] = (24, 48, 128, 192)
@@ -42,23 +43,21 @@ class Codec:
         """The trainable codec."""
         from diffusers import AutoencoderKL
 
-        if self.start:
-            return CodecLoss(AutoencoderKL.from_pretrained(self.start), self.kl)
         n = len(self.channels)
-        return CodecLoss(
-            AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * n,
-                up_block_types=("UpDecoderBlock2D",) * n,
-                block_out_channels=self.channels,
-                layers_per_block=self.layers,
-                latent_channels=self.latent_channels,
-                norm_num_groups=self.groups,
-                sample_size=64,
-                mid_block_add_attention=False,
-                scaling_factor=1.0,
-            ),
-            self.kl,
+        codec = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * n,
+            up_block_types=("UpDecoderBlock2D",) * n,
+            block_out_channels=self.channels,
+            layers_per_block=self.layers,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.groups,
+            sample_size=64,
+            mid_block_add_attention=False,
+            scaling_factor=1.0,
         )
+        if self.start:
+            _inherit(codec, AutoencoderKL.from_pretrained(self.start))
+        return CodecLoss(codec, self.kl)
 
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
         """images: [B,3,H,W] in -1..1; noise: [B,C,h,w] standard normal, for the posterior."""
@@ -100,6 +99,19 @@ class Codec:
 def _whole(count: int) -> Tensor:
     images = np.stack([render(scene_at(0, i)[0]) for i in range(count)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _inherit(codec: nn.Module, old: nn.Module) -> None:
+    """Copy what fits from another codec; decoder blocks are counted from the image side."""
+    deeper = len(old.decoder.up_blocks) - len(codec.decoder.up_blocks)
+    state, mine = old.state_dict(), codec.state_dict()
+    for name in mine:
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "up_blocks"]:
+            parts[2] = str(int(parts[2]) + deeper)
+        source = state.get(".".join(parts))
+        if source is not None and source.shape == mine[name].shape:
+            mine[name].copy_(source)
 
 
 class CodecLoss(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm_pipe.attention import set_backend
 from ldm_pipe.cond import Cond
 from ldm_pipe.level import Flow
 from ldm_pipe.model import Model
@@ -34,6 +35,7 @@ from train.world.scenes import caption
 class Latent:
     """Trains a U-Net, and its text encoder with it, on latents that are computed once.
 
+    channels, attention: of each resolution, from the latents' own down by factors of two; heads: of every attention.
     codec, text: exports of the stages before. scenes: how many are cached; each visit draws one of its captions anew.
     dropout: share of captions left empty. mean, deviation: of the logit-normal level distribution.
     train_text: train the text encoder jointly (False: keep the contrastive one frozen).
@@ -41,10 +43,11 @@ class Latent:
 
     codec: str
     text: str
-    scenes: int = 60_000
-    channels: tuple[int, ...] = (192, 384)
-    layers: int = 2
-    head: int = 32
+    scenes: int = 48_000
+    channels: tuple[int, ...] = (64, 128, 256)
+    attention: tuple[bool, ...] = (False, True, True)
+    layers: int = 1
+    heads: int = 4
     dropout: float = 0.1
     mean: float = 0.0
     deviation: float = 1.0
@@ -59,21 +62,22 @@ class Latent:
         latents = self._cache()
         from diffusers import UNet2DConditionModel
 
-        n = len(self.channels)
+        kinds = ["CrossAttn" if a else "" for a in self.attention]
         unet = UNet2DConditionModel(
             sample_size=latents.shape[-1],
             in_channels=latents.shape[0],
             out_channels=latents.shape[0],
             layers_per_block=self.layers,
             block_out_channels=self.channels,
-            down_block_types=("CrossAttnDownBlock2D",) * n,
-            up_block_types=("CrossAttnUpBlock2D",) * n,
+            down_block_types=tuple(f"{k}DownBlock2D" for k in kinds),
+            up_block_types=tuple(f"{k}UpBlock2D" for k in reversed(kinds)),
             cross_attention_dim=text.config.hidden_size,
-            attention_head_dim=self.head,
+            attention_head_dim=self.heads,  # diffusers' name for the number of heads
             resnet_time_scale_shift="scale_shift",
             addition_embed_type="text",  # the prompt also scales every block, not only through cross-attention
             addition_embed_type_num_heads=4,
         )
+        set_backend(unet, "math")
         nn.init.zeros_(unet.conv_out.weight)  # a zero output is the best guess before anything is known
         nn.init.zeros_(unet.conv_out.bias)
         return LatentLoss(unet, text, LogitNormal(self.mean, self.deviation))
@@ -102,7 +106,7 @@ class Latent:
         }
 
     def export(self, net: nn.Module, folder: Path) -> None:
-        """Write a whole model: `unet/`, `text_encoder/`, and copies of `vae/`, `tokenizer/`, `clip/`, with the index."""
+        """Write a whole model: `unet/`, `text_encoder/`, copies of the other parts, and the index."""
         net.model.network.unet.save_pretrained(folder / "unet")
         net.text.save_pretrained(folder / "text_encoder")
         shutil.copytree(Path(self.codec) / "vae", folder / "vae")

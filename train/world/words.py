@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,8 @@ def make_tokenizer(window: int) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator([" ".join(vocabulary())], trainer)
-    import json
-
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    learned = json.loads(bpe.to_str())["model"]["merges"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in learned]
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*bytes_, *(b + "</w>" for b in bytes_), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
@@ -43,8 +43,6 @@ def make_tokenizer(window: int) -> Any:
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write `folder` in the new layout (tokenizer.json) and in the old one (vocab.json, merges.txt)."""
-    import json
-
     tokenizer.save_pretrained(folder)
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]

@@ -1,0 +1,52 @@
+"""The settings of one run: the fields are the flags of `generate`, the keywords of `Pipeline` and its TOML."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm_pipe.errors import UsageError
+
+LARGEST_SIDE = 16_384
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to make. None means the model's own default.
+
+    seed: of the first image, 0..2^64 - 1 (image k of a prompt has seed + k); None draws one. steps: of the walk.
+    guidance_scale: of classifier-free guidance, 1 = none. sampler, spacing: registered names; sampler_set, spacing_set: their
+    fields. num_images: per prompt. height, width: pixels. batch_size: images computed together.
+    """
+
+    negative_prompt: str = ""
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    spacing: str | None = None
+    sampler_set: dict[str, Any] = field(default_factory=dict)
+    spacing_set: dict[str, Any] = field(default_factory=dict)
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _whole("steps", self.steps, 1, 10_000)
+        _whole("num_images", self.num_images, 1, 100_000)
+        _whole("batch_size", self.batch_size, 1, 4096)
+        _whole("height", self.height, 1, LARGEST_SIDE)
+        _whole("width", self.width, 1, LARGEST_SIDE)
+        _whole("seed", self.seed, 0, 2**64 - 1)
+        scale = self.guidance_scale
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)):
+            raise UsageError(f"guidance_scale is {scale!r}; it takes a finite number, 1 = no guidance")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}; it takes a whole number from {low} to {high}")
