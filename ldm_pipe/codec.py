@@ -12,8 +12,13 @@ from torch import Tensor
 class Codec(Protocol):
     """images [B,3,H,W] in -1..1 <-> latents [B,channels,H/factor,W/factor] of unit variance. Both ways differentiable."""
 
-    channels: int
-    factor: int
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image side per latent pixel."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images (the posterior's mean)."""

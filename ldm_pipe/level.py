@@ -10,14 +10,13 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from ldm_pipe.errors import UsageError
 
 Scalar = float | Tensor
-T = TypeVar("T", float, Tensor)
 
 
 class Level(NamedTuple):
@@ -56,17 +55,24 @@ class Level(NamedTuple):
 CLEAN = Level(1.0, 0.0)
 
 
-@runtime_checkable
 class Path(Protocol):
-    """Where a network lives: which levels it was trained on and how it is told the time.
+    """Where a network lives: which levels it was trained on and how it is told the time."""
 
-    `first`..`last` are the times of the least and the most noise; `discrete` says that only whole times were trained.
-    """
+    @property
+    def first(self) -> float:
+        """Time of the least noise."""
 
-    first: float
-    last: float
-    discrete: bool
-    data_std: float
+    @property
+    def last(self) -> float:
+        """Time of the most noise."""
+
+    @property
+    def discrete(self) -> bool:
+        """Were only whole times trained?"""
+
+    @property
+    def data_std(self) -> float:
+        """Standard deviation of the data, which the network sees divided out."""
 
     def level(self, time: float) -> Level:
         """The level at a time of the network's own clock."""
@@ -95,7 +101,7 @@ class VP:
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.table, self.table[1:], strict=False))
-        if not (self.table and falling and 0 <= self.table[-1] and self.table[0] <= 1):
+        if not (self.table and falling and self.table[-1] >= 0 and self.table[0] <= 1):
             raise UsageError("a VP table must fall strictly within 1..0")
         object.__setattr__(self, "_keys", tuple(float(self.level(i).u) for i in range(len(self.table))))
 

@@ -7,8 +7,9 @@ generator keeps only 32 bits of a seed and differs between instruction sets.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from ldm_pipe.errors import UsageError
 
-StepNoise = Callable[[str], Tensor]
+
+class StepNoise(Protocol):
+    """The draws of one step, by tag."""
+
+    def __call__(self, tag: str = "step") -> Tensor:
+        """A standard normal draw, [B,C,H,W]; the same tag gives the same draw."""
+
+
 LIMIT = 2**64
 
 
@@ -46,7 +54,12 @@ class Noise:
 
     def at(self, index: int) -> StepNoise:
         """The source of one step."""
-        return lambda tag="step": self._draw(index, tag)
+
+
+        def draw(tag: str = "step") -> Tensor:
+            return self._draw(index, tag)
+
+        return draw
 
     def start(self) -> Tensor:
         """The noise that a run starts from."""
@@ -72,4 +85,9 @@ class NoNoise:
 
     def at(self, index: int) -> StepNoise:
         """Zeros at every step."""
-        return lambda tag="step": torch.zeros_like(self.like)
+
+
+        def draw(tag: str = "step") -> Tensor:
+            return torch.zeros_like(self.like)
+
+        return draw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,8 @@ from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import Rule, guided
 from ldm_pipe.noise import Noise, seeds_of
-from ldm_pipe.walk import Sampler, Step, trajectory
 from ldm_pipe.settings import Settings
+from ldm_pipe.walk import Sampler, Step, trajectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +63,7 @@ class Pipeline:
     """A bundle on a device, in a dtype. Calls share nothing but the weights, so threads may call at once."""
 
     bundle: Bundle
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -107,12 +107,12 @@ class Pipeline:
             assert x is not None
             latents.append(_finite(x, f"the latents after step {len(plan.levels) - 1}"))
             images.append(_finite(self.decode(x), "the decoder's image"))
-        assert given.seed is not None
+        rows = _rows(prompts, given)
         return Output(
             image.to_pil(torch.cat(images)),
             torch.cat(latents),
-            seeds_of(given.seed, given.num_images) * len(prompts),
-            tuple(p for p in prompts for _ in range(given.num_images)),
+            tuple(seed for _, seed in rows),
+            tuple(text for text, _ in rows),
             given,
             evaluations,
             tuple(n for p in dict.fromkeys(prompts) for n in self.bundle.text.notices(p)),
@@ -149,12 +149,15 @@ class Pipeline:
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise UsageError(f"prompt takes one text or several, got {prompts!r:.60}")
         codec = self.bundle.codec
-        assert given.sampler and given.spacing and given.seed is not None and given.height and given.width
+        assert given.sampler
+        assert given.spacing
+        assert given.height
+        assert given.width
         sampler = registry.build("sampler", given.sampler, **given.sampler_set)
         levels = registry.build("spacing", given.spacing, **given.spacing_set)(self.bundle.model.path, given.steps)
         shape = (codec.channels, given.height // codec.factor, given.width // codec.factor)
         rule = rule or CFG(float(given.guidance_scale or 0.0))
-        rows = [(p, s) for p in prompts for s in seeds_of(given.seed, given.num_images)]
+        rows = _rows(prompts, given)
         for first in range(0, len(rows), given.batch_size):
             texts, seeds = zip(*rows[first : first + given.batch_size], strict=True)
             yield Plan(texts, given.negative_prompt, seeds, tuple(levels), sampler, rule, shape)
@@ -178,6 +181,14 @@ class Pipeline:
         return self.bundle.codec.decode(latents)
 
 
+
+
+def _rows(prompts: Sequence[str], given: Settings) -> list[tuple[str, int]]:
+    """(prompt, seed) of every image of a run with resolved settings."""
+    first = given.seeds or (given.seed or 0,) * len(prompts)
+    if len(first) != len(prompts):
+        raise UsageError(f"seeds holds {len(first)} for {len(prompts)} prompt(s); it takes one for each")
+    return [(p, s) for p, f in zip(prompts, first, strict=True) for s in seeds_of(f, given.num_images)]
 
 
 def _finite(t: Tensor, stage: str) -> Tensor:

@@ -18,7 +18,9 @@ from ldm_pipe.level import Level
 class Prediction(Protocol):
     """How an output is read. Tensors are [B,C,H,W]; `x` lies at `level`."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """eps, v, x0 or flow."""
 
     def x0(self, x: Tensor, out: Tensor, level: Level) -> Tensor:
         """The clean image that an output implies."""

@@ -113,6 +113,7 @@ def _summary(doc: str) -> str:
 def _tree(module: str) -> ast.Module:
     package, _, rest = module.partition(".")
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     path = Path(next(iter(spec.submodule_search_locations)), *rest.split("."))
     return ast.parse(path.with_suffix(".py").read_text(encoding="utf-8"))

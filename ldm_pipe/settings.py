@@ -15,13 +15,15 @@ LARGEST_SIDE = 16_384
 class Settings:
     """What to make. None means the model's own default.
 
-    seed: of the first image, 0..2^64 - 1 (image k of a prompt has seed + k); None draws one. steps: of the walk.
+    seed: of the first image of every prompt, 0..2^64 - 1 (image k has seed + k); None draws one. seeds: one for each prompt
+    instead. steps: of the walk.
     guidance_scale: of classifier-free guidance, 1 = none. sampler, spacing: registered names; sampler_set, spacing_set: their
     fields. num_images: per prompt. height, width: pixels. batch_size: images computed together.
     """
 
     negative_prompt: str = ""
     seed: int | None = None
+    seeds: tuple[int, ...] | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
@@ -39,7 +41,8 @@ class Settings:
         _whole("batch_size", self.batch_size, 1, 4096)
         _whole("height", self.height, 1, LARGEST_SIDE)
         _whole("width", self.width, 1, LARGEST_SIDE)
-        _whole("seed", self.seed, 0, 2**64 - 1)
+        for seed in (self.seed, *(self.seeds or ())):
+            _whole("seed", seed, 0, 2**64 - 1)
         scale = self.guidance_scale
         if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)):
             raise UsageError(f"guidance_scale is {scale!r}; it takes a finite number, 1 = no guidance")

@@ -55,9 +55,9 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _first_that_fits(value: Any, options: tuple[Any, ...], where: str) -> Any:
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        if type(None) in options:
-            return None
+    empty = value is None or (isinstance(value, str) and value.lower() == "none")
+    if empty and type(None) in options:
+        return None
     wanted = [o for o in options if o is not type(None)]
     for option in wanted[:-1]:
         try:
@@ -81,11 +81,14 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
             number = None
         if isinstance(number, hint):
             return number
-    elif hint is str and text:
-        return value
-    elif hint is Any or (isinstance(hint, type) and hint not in (bool, int, float, str) and isinstance(value, hint)):
+    elif hint is Any or (hint is str and text) or (_is_class(hint) and isinstance(value, hint)):
         return value
     raise UsageError(f"{where} is {value!r}; it takes {_says(hint)}")
+
+
+def _is_class(hint: Any) -> bool:
+    """A class of ours that comes ready made (a Rule, a Sampler), not one that is read from text."""
+    return isinstance(hint, type) and hint not in (bool, int, float, str) and not getattr(hint, "_is_protocol", False)
 
 
 def _says(hint: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,7 @@ class Step(NamedTuple):
     memory: Any = None
     here: Level = Level(0.0, 1.0)
     there: Level = Level(0.0, 1.0)
-    index: int = 0
+    number: int = 0
 
 
 class Source(Protocol):
@@ -65,7 +66,7 @@ def trajectory(
     if len(levels) < 2:
         raise UsageError("a walk needs at least two levels")
     memory = None
-    for index, (here, there) in enumerate(zip(levels, levels[1:], strict=False)):
+    for index, (here, there) in enumerate(pairwise(levels)):
         rises = float(there.u) > float(here.u)
         if rises and not sampler.travels:
             raise UsageError(f"{type(sampler).__name__} does not travel: level {index + 1} has more noise than level {index}")
@@ -75,7 +76,7 @@ def trajectory(
         with torch.no_grad():
             done = sampler.step(denoise, x, here, there, None if rises else memory, noise.at(index))
         x, memory = done.x, done.memory
-        yield done._replace(here=here, there=there, index=index)
+        yield done._replace(here=here, there=there, number=index)
 
 
 def sample(denoise: Denoiser, x: Tensor, levels: Sequence[Level], sampler: Sampler, noise: Source) -> Tensor:

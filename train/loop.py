@@ -28,13 +28,13 @@ Batch = dict[str, Any]
 class Task(Protocol):
     """What a job trains. Frozen dataclasses implement it; their fields are the recipe's [task] table."""
 
-    def net(self) -> nn.Module:
+    def net(self) -> Any:
         """The trainable module; `net(batch)` returns named losses, each a scalar; "loss" is the one that is minimised."""
 
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
         """The batch of these sample ids, a pure function of (seed, ids). Tensors on the CPU."""
 
-    def export(self, net: nn.Module, folder: Path) -> None:
+    def export(self, net: Any, folder: Path) -> None:
         """Write what the job produced (diffusers folder layout) into an empty folder."""
 
 
@@ -145,7 +145,8 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         shown = "  ".join(f"{k} {v:.5g}" for k, v in record.items())
-        self.accelerator.print(f"step {step + 1}/{self.job.steps}  {shown}  {speed:.0f}/s  {left / 60:.1f} min left", flush=True)
+        where = f"step {step + 1}/{self.job.steps}"
+        self.accelerator.print(f"{where}  {shown}  {speed:.0f}/s  {left / 60:.1f} min left", flush=True)
         self.rows, self.since = [], time.perf_counter()
 
     def _means(self) -> Iterator[tuple[str, Tensor]]:

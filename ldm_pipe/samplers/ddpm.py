@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.errors import UsageError
-from ldm_pipe.level import Level
+from ldm_pipe.level import Level, Scalar
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
 from ldm_pipe.walk import Sampler, Step
@@ -43,7 +43,7 @@ class DDPM(Sampler):
         large = b * (there.alpha**2 + there.sigma**2) / (here.alpha**2 + here.sigma**2)
         return Step(mean + self._deviation(estimate.log_var, small, large) * noise("step"), estimate)
 
-    def _deviation(self, log_var: Tensor | None, small: float, large: float) -> Tensor | float:
+    def _deviation(self, log_var: Tensor | None, small: Scalar, large: Scalar) -> Tensor | float:
         if self.variance != "learned":
             return (small if self.variance == "small" else large) ** 0.5
         if log_var is None:

@@ -74,7 +74,7 @@ def _encode(vae: Path, scenes: int, batch: int = 32) -> Tensor:
     for first in range(0, scenes, batch):
         images = np.stack([render(scene_at(SEED, i)[0]) for i in range(first, min(first + batch, scenes))])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.mkldnn.is_available()):
+        with torch.autocast("cpu", torch.bfloat16):
             mean = codec.encode(pixels).latent_dist.mean.float()
         parts.append(((mean - codec.config.shift_factor) * codec.config.scaling_factor).half())
     torch.set_num_threads(threads)

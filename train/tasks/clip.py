@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Clip:
         )
         return {"images": images.permute(0, 3, 1, 2).float() / 127.5 - 1, "tokens": tokens.input_ids}
 
-    def export(self, net: nn.Module, folder: Path) -> None:
+    def export(self, net: Any, folder: Path) -> None:
         """Write `clip/` (both towers), `text_encoder/` and `tokenizer/`."""
         from transformers import CLIPTextModel
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class Codec:
             image = image[:, ::-1][..., rng.permutation(3)]
         return image
 
-    def export(self, net: nn.Module, folder: Path) -> None:
+    def export(self, net: Any, folder: Path) -> None:
         """Write `vae/` with the scale and shift that give its latents unit variance and zero mean."""
         codec = net.codec
         with torch.no_grad():
@@ -101,7 +102,7 @@ def _whole(count: int) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _inherit(codec: nn.Module, old: nn.Module) -> None:
+def _inherit(codec: Any, old: Any) -> None:
     """Copy what fits from another codec; decoder blocks are counted from the image side."""
     deeper = len(old.decoder.up_blocks) - len(codec.decoder.up_blocks)
     state, mine = old.state_dict(), codec.state_dict()
@@ -117,9 +118,10 @@ def _inherit(codec: nn.Module, old: nn.Module) -> None:
 class CodecLoss(nn.Module):
     """Squared error of the reconstruction plus the KL term."""
 
-    def __init__(self, codec: nn.Module, kl: float) -> None:
+    def __init__(self, codec: Any, kl: float) -> None:
         super().__init__()
-        self.codec, self.kl = codec, kl
+        self.codec: Any = codec
+        self.kl = kl
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """images [B,3,H,W] in -1..1, noise [B,C,h,w] -> loss, psnr in dB, kl in nats per latent value."""

@@ -105,7 +105,7 @@ class Latent:
             "tokens": tokens,
         }
 
-    def export(self, net: nn.Module, folder: Path) -> None:
+    def export(self, net: Any, folder: Path) -> None:
         """Write a whole model: `unet/`, `text_encoder/`, copies of the other parts, and the index."""
         net.model.network.unet.save_pretrained(folder / "unet")
         net.text.save_pretrained(folder / "text_encoder")

@@ -173,7 +173,7 @@ def captions(scene: Scene) -> tuple[str, ...]:
         a, b = scene.names
         r, o = scene.relation, OPPOSITE[scene.relation]
         to = {"left of": "to the left of", "right of": "to the right of"}
-        facts = (
+        facts: tuple[str, ...] = (
             f"{article(a)} {r} {article(b)}",
             f"{article(b)} {o} {article(a)}",
             f"{article(a)} {to.get(r, r)} {article(b)}",
