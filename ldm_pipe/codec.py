@@ -88,5 +88,5 @@ class KLCodec:
         """The same codec elsewhere; fp32 where fp16 is asked of one that must not use it."""
         if dtype == torch.float16 and self.vae.config.force_upcast:
             dtype = torch.float32
-        self.vae.to(device=device, dtype=dtype)
+        torch.nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own warns of what is handled above
         return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,26 +92,56 @@ def _assemble(
     from ldm_pipe.networks.unet import UNet
     from ldm_pipe.text import ClipText
 
-    unet = _part(UNet2DConditionModel, folder / "unet")
-    vae = _part(AutoencoderKL, folder / "vae")
-    encoder = _part(CLIPTextModel, folder / "text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    with _quiet():
+        unet = _network(UNet2DConditionModel, folder / "unet")
+        vae = _network(AutoencoderKL, folder / "vae")
+        encoder = _network(CLIPTextModel, folder / "text_encoder")
+        with _named(folder / "tokenizer"):
+            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     words = frozenset(defaults.words) or None
     model = Model(UNet(unet), path, prediction).eval()
     return Bundle(model, KLCodec(vae), ClipText(encoder, tokenizer, words), name, defaults, digests)
 
 
-def _part(cls: Any, folder: Path) -> Any:
-    """One network, in fp32, its every tensor read from the folder's safetensors and no tensor left over."""
-    import torch
-
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ModelError that names the part."""
     try:
-        found, report = cls.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        if not folder.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        yield
     except Exception as error:  # the libraries raise a dozen kinds; the user needs the folder and the reason
         reason = " ".join(str(error).split())[:160]
         raise ModelError(f"{folder.parent.name}/{folder.name} cannot be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' own bars and warnings off: what they warn of is an error here."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    levels = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (of_diffusers, of_transformers)]
+    try:
+        for log, _, _ in levels:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        yield
+    finally:
+        for log, verbosity, bars in levels:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
+
+
+def _network(cls: Any, folder: Path) -> Any:
+    """One network, in fp32, its every tensor read from the folder's safetensors and no tensor left over."""
+    import torch
+
+    with _named(folder):
+        found, report = cls.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, report.get(fault) or ()))
         if keys:

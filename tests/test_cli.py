@@ -1,0 +1,142 @@
+"""The command line: one line per error and the right exit code, nothing half done, no torch before it is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm_pipe import __version__
+from ldm_pipe.cli import main
+
+Tiny = Callable[[str], Path]
+PROMPT = "a fox on a blue background"
+
+
+@pytest.fixture
+def run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """run(*flags) -> (exit code, stdout, stderr), in an empty folder, with the tiny model."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags: str) -> tuple[int, str, str]:
+        code = main(["--model", str(tiny("eps")), "--device", "cpu", "--dtype", "fp32", *flags])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def test_a_prompt_becomes_a_png(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run("-p", PROMPT, "--seed", "7")
+    assert code == 0
+    assert out == "outputs/a-fox-on-a-blue-background-7.png\n"
+    assert "seed 7" in err
+    with Image.open(tmp_path / out.strip()) as picture:
+        assert picture.size == (32, 32)
+        recipe = json.loads(picture.info["ldm_pipe"])
+    assert recipe["prompt"] == PROMPT
+    assert (recipe["seed"], recipe["sampler"], recipe["steps"], recipe["dtype"]) == (7, "ddim", 4, "float32")
+    assert str(tmp_path) not in json.dumps(recipe)
+
+
+def test_names_that_are_taken_get_a_number(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    first, second = run("-p", PROMPT, "--seed", "7")[1], run("-p", PROMPT, "--seed", "7")[1]
+    assert second == "outputs/a-fox-on-a-blue-background-7-2.png\n"
+    assert (tmp_path / first.strip()).read_bytes() == (tmp_path / second.strip()).read_bytes()
+
+
+def test_several_prompts_several_images_and_a_sheet(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run("-p", PROMPT, "-p", "two bees on red", "--num-images", "2", "--seed", "1", "--grid", "-o", "made")
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [
+        "a-fox-on-a-blue-background-1-grid.png", "a-fox-on-a-blue-background-1.png", "a-fox-on-a-blue-background-2.png",
+        "two-bees-on-red-1.png", "two-bees-on-red-2.png",
+    ]  # fmt: skip
+    assert len(out.splitlines()) == 5
+    with Image.open(tmp_path / "made" / "a-fox-on-a-blue-background-1-grid.png") as sheet:
+        assert sheet.size == (66, 66)
+
+
+def test_a_named_file_is_written_once(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run("-p", PROMPT, "-o", "fox.png")[0] == 0
+    before = (tmp_path / "fox.png").read_bytes()
+    code, _, err = run("-p", PROMPT, "-o", "fox.png")
+    assert (code, (tmp_path / "fox.png").read_bytes()) == (2, before)
+    assert "--force overwrites it" in err
+    assert run("-p", PROMPT, "-o", "fox.png", "--force", "--seed", "9")[0] == 0
+    assert (tmp_path / "fox.png").read_bytes() != before
+
+
+def test_fields_of_methods_are_set(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("-p", PROMPT, "--sampler", "ddim", "--set", "sampler.eta=0.5", "--quiet")[0] == 0
+    assert run("-p", PROMPT, "--spacing", "karras", "--set", "spacing.rho=5", "--quiet")[2] == ""
+
+
+BAD = [
+    ([], "--prompt is needed"),
+    (["-p"], "expected one argument"),
+    (["-p", "x", "--stepz", "3"], "did you mean '--steps'"),
+    (["-p", "x", "--steps", "0"], "steps is 0"),
+    (["-p", "x", "--steps", "2.5"], "--steps"),
+    (["-p", "x", "--steps", "100000000"], "steps is 100000000"),
+    (["-p", "x", "--guidance-scale", "nan"], "guidance_scale is nan"),
+    (["-p", "x", "--guidance-scale", "inf"], "guidance_scale is inf"),
+    (["-p", "x", "--seed", "-1"], "seed is -1"),
+    (["-p", "x", "--seed", "18446744073709551616"], "seed is 18446744073709551616"),
+    (["-p", "x", "--seed", "1.5"], "--seed"),
+    (["-p", "x", "--num-images", "0"], "num_images is 0"),
+    (["-p", "x", "--height", "33"], "height is 33"),
+    (["-p", "x", "--width", "1000000000"], "width is 1000000000"),
+    (["-p", "x", "--sampler", "eular"], "did you mean 'euler'"),
+    (["-p", "x", "--spacing", "linear"], "choose from|did you mean"),
+    (["-p", "x", "--sampler", "ddim", "--set", "sampler.eto=1"], "did you mean 'eta'"),
+    (["-p", "x", "--set", "eta=1"], "not of the form"),
+    (["-p", "x", "--dtype", "fp8"], "'fp8' is not a dtype"),
+    (["-p", "x", "--device", "gpu"], "'gpu' is not a device"),
+    (["-p", "x", "--model", "nowhere"], "'nowhere' is not a folder"),
+    (["-p", "x", "-o", "fox.jpg"], "only .png files"),
+    (["-p", "x", "-o", "fox.png", "--num-images", "2"], "is one file, but 2 are made"),
+    (["--list", "sampler"], "did you mean 'samplers'"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=[" ".join(f) or "nothing" for f, _ in BAD])
+def test_a_mistake_is_one_line(run, tmp_path: Path, flags: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run(*flags)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert any(w in err for w in words.split("|"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cuda_device_that_is_not_there_is_the_machines_fault(run) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = run("-p", "x", "--device", "cuda:99")
+    assert code == 3
+    assert err.startswith("error: --device 'cuda:99': this machine has ")
+
+
+@pytest.mark.parametrize("flags", [["--version"], ["--help"], ["--list"], ["--list", "samplers"], ["-p", "x", "--steps", "0"]])
+def test_no_torch_before_it_is_needed(flags: list[str]) -> None:
+    code = (
+        "import sys\nfrom ldm_pipe.cli import main\n"
+        f"try:\n    main({flags!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)\nprint('heavy:', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n")
+    if flags == ["--version"]:
+        assert __version__ in done.stdout
+
+
+def test_debug_shows_the_traceback(run) -> None:  # type: ignore[no-untyped-def]
+    from ldm_pipe import UsageError
+
+    with pytest.raises(UsageError):
+        run("-p", "x", "--steps", "0", "--debug")
