@@ -33,7 +33,7 @@ class LatentCache:
         key = hashlib.sha256(f"{digest} scenes {SEED} {scenes} fp16".encode()).hexdigest()[:16]
         path = (folder or vae.parent.parent) / f"latents-{key}.safetensors"
         if not path.exists():
-            files.write(path, save({"latents": _encode(vae, scenes)}), replace=True)
+            files.write(path, save({"latents": _encode(vae, range(scenes))}), replace=True)
         return cls(load_file(path)["latents"])
 
     @property
@@ -64,18 +64,18 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _encode(vae: Path, scenes: int, batch: int = 32) -> Tensor:
+def _encode(vae: Path, scenes: range, batch: int = 32) -> Tensor:
     from diffusers import AutoencoderKL
 
     codec = AutoencoderKL.from_pretrained(vae).eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # the other processes of the run wait for this one
     parts = []
-    for first in range(0, scenes, batch):
-        images = np.stack([render(scene_at(SEED, i)[0]) for i in range(first, min(first + batch, scenes))])
+    for first in range(0, len(scenes), batch):
+        images = np.stack([render(scene_at(SEED, i)[0]) for i in scenes[first : first + batch]])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
             mean = codec.encode(pixels).latent_dist.mean.float()
         parts.append(((mean - codec.config.shift_factor) * codec.config.scaling_factor).half())
     torch.set_num_threads(threads)
-    return torch.cat(parts)
+    return torch.cat(parts).contiguous()

@@ -120,7 +120,7 @@ def write_index(folder: Path) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, algorithm_type="dpmsolver++"
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, steps_offset=1, steps_offset=1
     )
     scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {

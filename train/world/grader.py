@@ -25,9 +25,9 @@ SIZES = tuple(dict.fromkeys(round(18 * 1.1**k) for k in range(11)))
 MISFIT = 1.0  # weight of unexplained energy under a sprite, beside the energy it explains
 # Calibrated on scenes blurred, made noisy, JPEG-coded and sent through the codec, against blends of two sprites.
 FAR = 40.0  # RGB distance at which a background is none of the palette
-ERROR, DOUBT, SURE = 0.14, 0.6, 0.02
+ERROR, DOUBTFUL = 0.12, 0.0175
 FLOOR = 3 * 30.0**2  # energy per pixel added to a sprite's own: pale sprites on a pale ground drown in codec noise
-LEFT, LEFT_AREA = 28.0, 12  # leftover: RMS over the channels, and pixels
+LEFT, FAINT, AREA = 28.0, 13.0, 12  # RMS over the channels of what counts as left over, of what may be a pale sprite; pixels
 MOST, BRANCHES, TOP = 4, 3, 8  # objects per picture; first objects tried; names refined per object
 
 Array = np.ndarray
@@ -172,23 +172,25 @@ def _fit(field: Array, ground: Array, key: tuple[str, int], at: tuple[int, int],
     alpha = placed[..., 3]
     drawn = placed[..., :3] - alpha[..., None] * ground
     left = float((((field - drawn) ** 2).sum(-1) * alpha).sum())
-    error = left / float((drawn**2).sum() + FLOOR * alpha.sum())
+    energy, area = float((drawn**2).sum()), float(alpha.sum())
+    error = left / (energy + FLOOR * area)
     doubt = left / (left + lead)
     h, w = sprite(*key).shape[:2]
     # An odd side sits half a pixel before the middle of its even canvas.
     found = Found(key[0], at[1] - (w % 2) / 2, at[0] - (h % 2) / 2, float(key[1]), min(1.0, error))
-    return _Fit(found, drawn, alpha, error < ERROR and (doubt < DOUBT or error < SURE))
+    accepted = error < ERROR and error * doubt < DOUBTFUL and energy > 3 * FAINT**2 * area
+    return _Fit(found, drawn, alpha, accepted)
 
 
-def _leftover(field: Array, fits: list[_Fit]) -> tuple[Array, int]:
+def _leftover(field: Array, fits: list[_Fit], level: float = LEFT) -> tuple[Array, int]:
     """Labelled map and number of the patches of `field` that stand out of the ground, beside the fits' sprites."""
     open_ = np.ones((SIZE, SIZE), dtype=bool)
     for fit in fits:
         open_ &= fit.alpha < 0.1
-    mask = binary_opening((np.sqrt((field**2).mean(-1)) > LEFT) & open_, np.ones((3, 3)))
+    mask = binary_opening((np.sqrt((field**2).mean(-1)) > level) & open_, np.ones((3, 3)))
     labels, number = label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=number + 1)
-    keep = [i for i in range(1, number + 1) if areas[i] >= LEFT_AREA]
+    keep = [i for i in range(1, number + 1) if areas[i] >= AREA]
     renamed = np.zeros(number + 1, dtype=np.int64)
     renamed[keep] = np.arange(1, len(keep) + 1)
     return renamed[labels], len(keep)
@@ -196,7 +198,7 @@ def _leftover(field: Array, fits: list[_Fit]) -> tuple[Array, int]:
 
 def _explain(field: Array, ground: Array, fits: list[_Fit]) -> tuple[Array, list[_Fit]]:
     """Take sprites out of `field` while something is left and matches."""
-    while len(fits) < MOST and _leftover(field, fits)[1]:
+    while len(fits) < MOST and _leftover(field, fits, FAINT)[1]:
         scores = _coarse().scores(_halved(field), ground)
         fit = _refine(field, ground, scores.reshape(-1, len(SIZES), *scores.shape[1:]))
         if not fit.accepted:
@@ -209,7 +211,7 @@ def _explain(field: Array, ground: Array, fits: list[_Fit]) -> tuple[Array, list
 def _search(field: Array, ground: Array) -> tuple[Array, list[_Fit]]:
     """The cleanest explanation among those that begin with the best, second and third best name of the picture."""
     best: tuple[Array, list[_Fit]] = (field, [])
-    if not _leftover(field, [])[1]:
+    if not _leftover(field, [], FAINT)[1]:
         return best
     scores = _coarse().scores(_halved(field), ground)
     scores = scores.reshape(-1, len(SIZES), *scores.shape[1:])

@@ -1,0 +1,111 @@
+"""The jobs of the built-in model, at toy size: they train, resume bit for bit, export what diffusers and `load` read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_pipe import Pipeline
+from train.data.latents import LatentCache
+from train.loop import Job, run
+from train.tasks.clip import Clip
+from train.tasks.codec import Codec
+from train.tasks.latent import Latent
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """codec/, text/ and model/ exports of a toy run of all stages."""
+    folder = tmp_path_factory.mktemp("stages")
+    small = {"batch": 2, "log_every": 1, "save_every": 1, "warmup": 1}
+    codec = Codec(channels=(8, 8, 8), latent_channels=4, groups=4)
+    run(codec, Job(output=str(folder / "codec"), steps=2, **small))
+    clip = Clip(width=16, image_width=16, text_layers=1, image_layers=1, heads=2, projection=8, patch=32)
+    run(clip, Job(output=str(folder / "text"), steps=2, **small))
+    run(latent(folder), Job(output=str(folder / "model"), steps=3, **small))
+    return folder
+
+
+def latent(folder: Path) -> Latent:
+    parts = {"codec": str(folder / "codec" / "export"), "text": str(folder / "text" / "export")}
+    return Latent(**parts, scenes=6, channels=(32, 32), attention=(False, True), heads=2)
+
+
+def test_the_export_is_a_model_that_loads_and_draws(stages: Path) -> None:
+    pipe = Pipeline.from_pretrained(str(stages / "model" / "export"), "cpu", "fp32")
+    out = pipe("a fox on a blue background", seed=1, steps=2, height=64, width=64, spacing="trailing")
+    assert out.images[0].size == (64, 64)
+
+
+def test_diffusers_reads_the_export_and_agrees(stages: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    folder = stages / "model" / "export"
+    theirs = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "latents": start, "output_type": "latent"}
+    expected = theirs("a fox on blue", height=64, width=64, **settings).images
+    assert torch.isfinite(expected).all()
+
+
+def test_a_resumed_run_has_the_same_weights(stages: Path) -> None:
+    small = {"batch": 2, "log_every": 1, "save_every": 1, "warmup": 1}
+    for stop in (2, 0):
+        run(latent(stages), Job(output=str(stages / "again"), steps=3, stop=stop, **small))
+    name = "export/unet/diffusion_pytorch_model.safetensors"
+    straight, again = load_file(stages / "model" / name), load_file(stages / "again" / name)
+    assert all(torch.equal(straight[k], again[k]) for k in straight)
+
+
+def test_the_untrained_network_starts_at_zero(stages: Path) -> None:
+    net = latent(stages).net()
+    loss = net(latent(stages).batch(0, range(4)))["loss"]
+    batch = latent(stages).batch(0, range(4))
+    assert loss.item() == pytest.approx((batch["noise"] - batch["x0"]).square().mean().item(), rel=1e-5)
+
+
+def test_a_batch_is_a_pure_function_of_its_ids(stages: Path) -> None:
+    task = latent(stages)
+    whole, part = task.batch(3, range(8)), task.batch(3, range(4, 8))
+    assert all(torch.equal(whole[k][4:], part[k]) for k in whole)
+    assert not torch.equal(task.batch(4, range(4))["noise"], whole["noise"][:4])
+
+
+def test_conditioning_is_dropped_at_its_rate(stages: Path) -> None:
+    task = latent(stages)
+    tokens = task.batch(0, range(2000))["tokens"]
+    empty = (tokens[:, 1] == tokens[0].max()).float().mean()  # the end token stands right behind the start
+    assert 0.08 < empty < 0.12
+
+
+def test_latents_have_unit_scale_and_a_key_of_their_own(stages: Path, tmp_path: Path) -> None:
+    vae = stages / "codec" / "export" / "vae"
+    cache = LatentCache.of(vae, 64, tmp_path)
+    assert cache.shape == (4, 16, 16)
+    assert cache.latents.float().std().item() == pytest.approx(1, abs=0.15)
+    assert len(list(tmp_path.iterdir())) == 1
+    LatentCache.of(vae, 65, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    order = [cache.row(0, i) for i in range(128)]
+    assert sorted(order[:64]) == sorted(order[64:]) == list(range(64))
+    assert order[:64] != order[64:]
+
+
+def test_a_codec_lends_its_outer_layers(stages: Path) -> None:
+    deep = Codec(channels=(8, 8, 8, 8), latent_channels=4, groups=4).net().codec
+    deep.save_pretrained(stages / "deep")
+    flat = Codec(channels=(8, 8, 8), latent_channels=4, groups=4, start=str(stages / "deep")).net().codec
+    assert torch.equal(flat.encoder.conv_in.weight, deep.encoder.conv_in.weight)
+    old, new = (m.decoder.up_blocks[-1].resnets[0].conv1.weight for m in (deep, flat))
+    assert torch.equal(old, new)
+
+
+def test_windows_hold_an_object() -> None:
+    images = Codec(crop=32, vary=0.0).batch(0, range(40))["images"]
+    assert images.shape == (40, 3, 32, 32)
+    assert np.mean([i.std().item() > 0.02 for i in images]) > 0.95
