@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 
 # Public names and where they live. They are imported when first used, so that `import ldm_pipe` stays cheap.
 _HOMES = {
-    "level": ("CLEAN", "EDM", "VP", "Flow", "Level"),
+    "level": ("CLEAN", "Level"),
+    "path": ("EDM", "VP", "Flow"),
     "prediction": ("CLEAN_IMAGE", "EPS", "FLOW", "PREDICTIONS", "VELOCITY"),
     "cond": ("Cond",),
     "model": ("Branches", "Estimate", "Model", "guided"),

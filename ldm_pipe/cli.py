@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import os
 import re
 import sys
 import time
@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm_pipe import __version__, files, registry
+from ldm_pipe import __version__, guide, recipe, registry
 from ldm_pipe.errors import LdmError, ModelError, UsageError, unknown
+from ldm_pipe.output import Target, slug
 from ldm_pipe.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ldm_pipe.walk import Step
 
 PLURALS = {f"{kind}s": kind for kind in registry.KINDS}
-SETTINGS = ("seed", "steps", "guidance_scale", "sampler", "spacing", "num_images", "height", "width", "batch_size")
+SETTINGS = ("seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width", "batch_size")
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,9 +62,14 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, metavar="N", help="images computed together (default: 16)")
     add("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--guide", metavar="RULES", help='instead of --guidance-scale: "cfg(5) | rescale(0.7) | between(0.2, 0.9)"')
     add("--grid", action="store_true", help="also write all images as one contact sheet")
     add("--force", action="store_true", help="overwrite existing files")
     add("--list", nargs="?", const="all", metavar="KIND", help=f"show {', '.join(PLURALS)} or words, and exit")
+    add("--show", metavar="IMAGE", help="print the recipe in an image, and exit")
+    add("--replay", metavar="IMAGE", help="make an image again from the recipe in it")
+    add("--verify", action="store_true", help="with --replay: compare with the image instead of writing")
+    add("--json", action="store_true", help="print one JSON object on stdout instead of paths")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"ldm_pipe {__version__}")
@@ -75,7 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         args = parser().parse_args(argv)
-        return _list(args.list) if args.list else _generate(args)
+        if args.list:
+            return _list(args.list)
+        if args.show:
+            return _show(args.show)
+        return _replay(args) if args.replay else _generate(args)
     except LdmError as error:
         if debug:
             raise
@@ -112,7 +122,7 @@ def _generate(args: argparse.Namespace) -> int:
     if not args.prompt:
         raise UsageError('--prompt is needed, such as --prompt "a fox on a blue background"')
     settings = _settings(args)
-    target = _target(args, len(args.prompt) * settings["num_images"])
+    target = Target.of(args.output, len(args.prompt) * settings["num_images"] + args.grid, args.force)
     started = time.perf_counter()
     say: Callable[[str], None] = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr))
     from ldm_pipe.device import pick_device, pick_dtype
@@ -127,12 +137,20 @@ def _generate(args: argparse.Namespace) -> int:
         say(f"note: {text}")
     bar = _progress(pipe, args.prompt, settings) if sys.stderr.isatty() and not args.quiet else None
     out = pipe(args.prompt, on_step=bar, **settings)
-    paths = _write(out, pipe, args, target)
-    if not args.quiet:
-        for path in paths:
-            print(path)
+    paths = _write(out, pipe, target, args.grid)
+    if args.json:
+        print(json.dumps(_report(out, paths)))
+    elif not args.quiet:
+        print(*paths, sep="\n")
     say(f"{len(out.images)} image(s), seed {out.settings.seed}, {time.perf_counter() - started:.1f} s")
     return 0
+
+
+def _report(out: Output, paths: list[Path]) -> dict[str, Any]:
+    rows = zip(paths, out.prompts, out.seeds, strict=False)
+    images = [{"path": str(path), "prompt": prompt, "seed": seed} for path, prompt, seed in rows]
+    settings = dataclasses.asdict(out.settings)
+    return {"images": images, "settings": settings, "evaluations": dict(out.evaluations), "notices": list(out.notices)}
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -146,6 +164,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value")
         found[f"{kind}_set"][field] = value
     Settings(**found)
+    if args.guide is not None:
+        if args.guidance_scale is not None:
+            raise UsageError("--guide and --guidance-scale exclude each other; write the scale as cfg(5) in --guide")
+        guide.calls(args.guide)
     for kind in ("sampler", "spacing"):
         if found[kind]:
             fields = [n for n, _ in registry.entry(kind, found[kind]).fields]
@@ -155,75 +177,47 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _target(args: argparse.Namespace, count: int) -> Path:
-    """Where the images go, checked before anything is computed: a .png file for one image, else a folder."""
-    if args.output is None:
-        return Path("outputs")
-    path = Path(args.output)
-    single = path.suffix.lower() == ".png" and not path.is_dir()
-    if path.suffix and not single and not path.is_dir():
-        raise UsageError(f"--output {args.output!r}: only .png files are written; give a .png name or a folder")
-    if single and count + args.grid > 1:
-        raise UsageError(f"--output {args.output!r} is one file, but {count + args.grid} are made; give a folder")
-    if single and path.exists() and not args.force:
-        raise UsageError(f"--output {args.output!r} exists; --force overwrites it")
-    if not single and path.exists() and not path.is_dir():
-        raise UsageError(f"--output {args.output!r} is a file; give a .png name or a folder")
-    folder = path.parent if single else path
-    while not folder.exists():
-        folder = folder.parent
-    if not os.access(folder, os.W_OK):
-        from ldm_pipe.errors import EnvironmentFault
-
-        raise EnvironmentFault(f"--output {args.output!r}: the folder {str(folder)!r} cannot be written to")
-    return path
-
-
-def _write(out: Output, pipe: Pipeline, args: argparse.Namespace, target: Path) -> list[Path]:
-    """Write the images, each with its recipe; names that are taken get a number, unless --force."""
+def _write(out: Output, pipe: Pipeline, target: Target, sheet: bool) -> list[Path]:
+    """Write the images, each with its recipe, and the contact sheet."""
     from ldm_pipe import image
+    from ldm_pipe.replay import recipe_of
 
-    single = target.suffix.lower() == ".png" and not target.is_dir()
     paths = []
-    for picture, prompt, seed in zip(out.images, out.prompts, out.seeds, strict=True):
-        data = image.png(picture, {"ldm_pipe": json.dumps(_recipe(out, pipe, prompt, seed), ensure_ascii=True)})
-        paths.append(_place(data, target if single else target / f"{_slug(prompt)}-{seed}.png", args.force, not single))
-    if args.grid:
-        sheet = image.png(image.grid(out.images), {})
-        paths.append(_place(sheet, target / f"{_slug(out.prompts[0])}-{out.seeds[0]}-grid.png", args.force, True))
+    for k, picture in enumerate(out.images):
+        data = recipe.png(picture, recipe_of(out, pipe, k))
+        paths.append(target.write(data, f"{slug(out.prompts[k])}-{out.seeds[k]}"))
+    if sheet:
+        data = recipe.png(image.grid(out.images), None)
+        paths.append(target.write(data, f"{slug(out.prompts[0])}-{out.seeds[0]}-grid"))
     return paths
 
 
-def _place(data: bytes, path: Path, force: bool, number: bool) -> Path:
-    for k in range(1, 10_000):
-        name = path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}")
-        try:
-            return files.write(name, data, replace=force)
-        except UsageError:
-            if not number:
-                raise
-    raise UsageError(f"{str(path)!r} and 9,998 numbered names are taken; choose another --output")
+def _show(path: str) -> int:
+    print(json.dumps(dataclasses.asdict(recipe.read(path)), indent=1))
+    return 0
 
 
-def _recipe(out: Output, pipe: Pipeline, prompt: str, seed: int) -> dict[str, Any]:
-    import torch
+def _replay(args: argparse.Namespace) -> int:
+    """Make an image again from its file; exit 1 where --verify finds a difference."""
+    found = recipe.read(args.replay)
+    target = Target.of(args.output, 1, args.force)
+    from PIL import Image
 
-    given = {n: getattr(out.settings, n) for n in (*SETTINGS, "negative_prompt", "sampler_set", "spacing_set")}
-    model = pipe.bundle.name if pipe.bundle.name == "builtin" else Path(pipe.bundle.name).name
-    return {
-        **given,
-        "prompt": prompt,
-        "seed": seed,
-        "model": model,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "ldm_pipe": __version__,
-        "torch": torch.__version__,
-    }
+    from ldm_pipe import replay
+    from ldm_pipe.pipeline import Pipeline
 
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    source = args.model if args.model != "builtin" else found.model
+    dtypes = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    dtype = dtypes.get(found.dtype, "auto") if args.dtype == "auto" else args.dtype
+    pipe = Pipeline.from_pretrained(source, args.device, dtype)
+    out = replay.again(found, pipe)
+    if not args.verify:
+        print(*_write(out, pipe, target, False), sep="\n")
+        return 0
+    with Image.open(args.replay, formats=["PNG"]) as original:
+        verdict = replay.verify(original, found, out, pipe)
+    print(f"{args.replay}: {verdict}")
+    return 0 if verdict.largest == 0 else 1
 
 
 def _progress(pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any]) -> Callable[[Step], None]:

@@ -1,13 +1,12 @@
-"""Tensors to pictures and back, contact sheets, PNG bytes."""
+"""Tensors to pictures and back, and contact sheets."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,20 +31,10 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 def grid(images: Sequence[Image.Image], columns: int = 0, gap: int = 2) -> Image.Image:
     """A contact sheet, row by row, as square as it goes (or with `columns`), white between the pictures."""
-    columns = columns or -(-(len(images) ** 0.5) // 1).__int__()
+    columns = columns or math.ceil(len(images) ** 0.5)
     rows = -(-len(images) // columns)
     w, h = images[0].size
     sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
     return sheet
-
-
-def png(image: Image.Image, text: Mapping[str, str]) -> bytes:
-    """A PNG file with iTXt entries."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    out = io.BytesIO()
-    image.save(out, "PNG", pnginfo=info)
-    return out.getvalue()

@@ -24,7 +24,7 @@ def leading(path: Path, steps: int, offset: int = 1) -> list[Level]:
     jump = span // steps
     if jump < 1:
         raise UsageError(f"steps is {steps}; leading takes 1 to {span}")
-    return _walk(path, [min(i * jump + offset, span - 1) + path.first for i in reversed(range(steps))])
+    return _walk(path, [_time(path, min(i * jump + offset, span - 1)) for i in reversed(range(steps))])
 
 
 def trailing(path: Path, steps: int) -> list[Level]:
@@ -33,7 +33,7 @@ def trailing(path: Path, steps: int) -> list[Level]:
     if path.discrete and steps > span:
         raise UsageError(f"steps is {steps}; trailing takes 1 to {span}")
     times = [span - i * span / steps for i in range(steps)]
-    return _walk(path, [(_nearest(t) if path.discrete else t) - 1 + path.first for t in times])
+    return _walk(path, [_time(path, (_nearest(t) if path.discrete else t) - 1) for t in times])
 
 
 def linspace(path: Path, steps: int) -> list[Level]:
@@ -45,9 +45,8 @@ def linspace(path: Path, steps: int) -> list[Level]:
 def quadratic(path: Path, steps: int, part: float = 0.8) -> list[Level]:
     """Squares of evenly spaced roots up to part * T: DDIM's spacing for CIFAR-10 (Song et al. 2020, arXiv 2010.02502, D.2)."""
     span = _span(path, steps)
-    roots = _line(0.0, math.sqrt(span * part), steps)
-    times = [float(int(r * r)) if path.discrete else r * r for r in roots]
-    return _walk(path, [min(t + path.first, path.last) for t in reversed(times)])
+    squares = [part * span * i * i / max(1, steps - 1) ** 2 for i in reversed(range(steps))]
+    return _walk(path, [_time(path, min(int(t) if path.discrete else t, span - 1)) for t in squares])
 
 
 def karras(
@@ -65,7 +64,7 @@ def karras(
             + ("; this path ends in alpha = 0, give sigma_max" if math.isinf(high) else "")
         )
     roots = _line(high ** (1 / rho), low ** (1 / rho), _count(steps))
-    return [*(_place(path, Level(1.0, r**rho)) for r in roots), CLEAN]
+    return _walk(path, [float(path.time(Level(1.0, r**rho))) for r in roots])
 
 
 def flow(path: Path, steps: int, shift: float = 3.0, base: str = "linspace") -> list[Level]:
@@ -81,7 +80,7 @@ def flow(path: Path, steps: int, shift: float = 3.0, base: str = "linspace") -> 
     plain = linspace(path, steps) if base == "linspace" else trailing(path, steps)
     if shift == 1:
         return plain
-    return [*(_place(path, Level(lv.alpha, shift * lv.sigma)) for lv in plain[:-1]), CLEAN]
+    return _walk(path, [float(path.time(Level(lv.alpha, shift * lv.sigma))) for lv in plain[:-1]])
 
 
 def tail(levels: Sequence[Level], strength: float) -> list[Level]:
@@ -98,16 +97,17 @@ def _walk(path: Path, times: Sequence[float]) -> list[Level]:
     return [*(path.level(t) for t in kept), CLEAN]
 
 
-def _place(path: Path, level: Level) -> Level:
-    """The level of the same ratio in the path's own coordinates, within its range."""
-    return path.level(float(path.time(level)))
+def _time(path: Path, place: float) -> float:
+    """The path's time at a place of 0..span - 1: a table's index, or so many thousandths after the first one."""
+    return path.first + place * (1.0 if path.discrete else path.first)
 
 
 def _span(path: Path, steps: int) -> int:
-    if not (path.discrete or path.last == 1000 * path.first):
+    """How many times the path has: the length of its table, or thousandths of its clock."""
+    if not (path.discrete or math.isclose(path.last, 1000 * path.first)):
         raise UsageError(f"{type(path).__name__} has no table of times; use karras or linspace")
     _count(steps)
-    return round(path.last - path.first) + 1
+    return round(path.last - path.first) + 1 if path.discrete else 1000
 
 
 def _count(steps: int) -> int:

@@ -14,9 +14,9 @@ from ldm_pipe import strict
 from ldm_pipe.codec import Codec
 from ldm_pipe.errors import ModelError, UsageError
 from ldm_pipe.files import sha256
-from ldm_pipe.level import VP, Flow
 from ldm_pipe.level import Path as NoisePath
 from ldm_pipe.model import Model
+from ldm_pipe.path import VP, Flow
 from ldm_pipe.prediction import PREDICTIONS, Prediction
 from ldm_pipe.text import TextEncoder
 

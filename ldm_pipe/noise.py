@@ -72,7 +72,8 @@ class Noise:
     def _draw(self, index: int, tag: str) -> Tensor:
         code = zlib.crc32(tag.encode())
         # The counter's low words advance as numbers are drawn; its high word keeps the steps apart.
-        streams = (np.random.Generator(np.random.Philox(key=[s, code], counter=[0, 0, 0, index])) for s in self.seeds)
+        keys = (np.array([s, code], dtype=np.uint64) for s in self.seeds)  # a list would turn seeds above 2^63 into floats
+        streams = (np.random.Generator(np.random.Philox(key=k, counter=[0, 0, 0, index])) for k in keys)
         draws = np.stack([g.standard_normal(self.shape) for g in streams])
         return torch.from_numpy(draws).to(device=self.device, dtype=self.dtype)
 

@@ -16,6 +16,7 @@ from ldm_pipe.cond import Cond
 from ldm_pipe.device import pick_device, pick_dtype
 from ldm_pipe.errors import NumericalError, UsageError
 from ldm_pipe.guidance.cfg import CFG
+from ldm_pipe.guide import parse
 from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import Rule, guided
@@ -79,6 +80,11 @@ class Pipeline:
         return Pipeline(self.bundle.to(where, kind), where, kind)
 
     @property
+    def name(self) -> str:
+        """"builtin", or the last part of the model's folder: never a path of this machine."""
+        return self.bundle.name if self.bundle.name == "builtin" else self.bundle.name.rstrip("/").rpartition("/")[2]
+
+    @property
     def wide(self) -> bool:
         """Is the network wide enough to gain from bf16 on a CPU?"""
         return max((p.shape[0] for p in self.bundle.model.parameters() if p.ndim == 4), default=0) > WIDE
@@ -105,8 +111,8 @@ class Pipeline:
                 if on_step:
                     on_step(step)
             assert x is not None
-            latents.append(_finite(x, f"the latents after step {len(plan.levels) - 1}"))
-            images.append(_finite(self.decode(x), "the decoder's image"))
+            latents.append(x)
+            images.append(_finite(self.decode(x), "the decoder's image holds"))
         rows = _rows(prompts, given)
         return Output(
             image.to_pil(torch.cat(images)),
@@ -156,7 +162,8 @@ class Pipeline:
         sampler = registry.build("sampler", given.sampler, **given.sampler_set)
         levels = registry.build("spacing", given.spacing, **given.spacing_set)(self.bundle.model.path, given.steps)
         shape = (codec.channels, given.height // codec.factor, given.width // codec.factor)
-        rule = rule or CFG(float(given.guidance_scale or 0.0))
+        if rule is None:
+            rule = parse(given.guide) if given.guide else CFG(float(given.guidance_scale or 0.0))
         rows = _rows(prompts, given)
         for first in range(0, len(rows), given.batch_size):
             texts, seeds = zip(*rows[first : first + given.batch_size], strict=True)
@@ -166,7 +173,11 @@ class Pipeline:
         noise = Noise(plan.seeds, plan.shape, self.device)
         x = plan.sampler.start(noise.start(), plan.levels[0])
         branches = self.bundle.model.branches(**self._conds(plan))
-        yield from trajectory(guided(branches, plan.rule), x, plan.levels, plan.sampler, noise)
+        for step in trajectory(guided(branches, plan.rule), x, plan.levels, plan.sampler, noise):
+            where = f"at step {step.number + 1} of {len(plan.levels) - 1}"
+            _finite(step.estimate.x0, f"the network's estimate {where} holds")
+            _finite(step.x, f"the latents {where} hold")
+            yield step
         evaluations.update(branches.evaluations)
 
     def _conds(self, plan: Plan) -> dict[str, Cond]:
@@ -193,5 +204,5 @@ def _rows(prompts: Sequence[str], given: Settings) -> list[tuple[str, int]]:
 
 def _finite(t: Tensor, stage: str) -> Tensor:
     if not bool(torch.isfinite(t).all()):
-        raise NumericalError(f"{stage} hold(s) NaN or Inf; try --dtype fp32 or a lower --guidance-scale")
+        raise NumericalError(f"{stage} NaN or Inf; try --dtype fp32 or a lower --guidance-scale")
     return t

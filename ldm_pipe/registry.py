@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,7 +107,7 @@ def entries(kind: str) -> list[Entry]:
 
 def _summary(doc: str) -> str:
     paragraph = " ".join(doc.split("\n\n")[0].split())
-    return paragraph.split(". ")[0].rstrip(".")
+    return re.split(r"(?<! al)\.(?: (?=[A-Z])|$)", paragraph)[0]
 
 
 @functools.cache

@@ -16,9 +16,9 @@ class Settings:
     """What to make. None means the model's own default.
 
     seed: of the first image of every prompt, 0..2^64 - 1 (image k has seed + k); None draws one. seeds: one for each prompt
-    instead. steps: of the walk.
-    guidance_scale: of classifier-free guidance, 1 = none. sampler, spacing: registered names; sampler_set, spacing_set: their
-    fields. num_images: per prompt. height, width: pixels. batch_size: images computed together.
+    instead. steps: of the walk. guidance_scale: of classifier-free guidance, 1 = none. guide: a rule instead, such as
+    "cfg(5) | between(0.2, 0.9)". sampler, spacing: registered names; sampler_set, spacing_set: their fields. num_images: per
+    prompt. height, width: pixels. batch_size: images computed together.
     """
 
     negative_prompt: str = ""
@@ -26,6 +26,7 @@ class Settings:
     seeds: tuple[int, ...] | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    guide: str | None = None
     sampler: str | None = None
     spacing: str | None = None
     sampler_set: dict[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -44,6 +45,10 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         if value in args:
             return value
         raise UsageError(f"{where} is {value!r}; choose from {', '.join(map(str, args))}")
+    if origin is dict:
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            return dict(value)
+        raise UsageError(f"{where} takes a table, got {value!r:.60}")
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UsageError(f"{where} takes a list, got {value!r}")
@@ -79,18 +84,22 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
             number = hint(value) if text or hint is float else value
         except (TypeError, ValueError):
             number = None
-        if isinstance(number, hint):
+        if isinstance(number, hint) and math.isfinite(number):
             return number
-    elif hint is Any or (hint is str and text) or (_is_class(hint) and isinstance(value, hint)):
+    elif hint is Any or (hint is str and text) or _is_ready(value, hint):
         return value
     raise UsageError(f"{where} is {value!r}; it takes {_says(hint)}")
 
 
-def _is_class(hint: Any) -> bool:
-    """A class of ours that comes ready made (a Rule, a Sampler), not one that is read from text."""
-    return isinstance(hint, type) and hint not in (bool, int, float, str) and not getattr(hint, "_is_protocol", False)
+def _is_ready(value: Any, hint: Any) -> bool:
+    """Is this an object that comes ready made (a Rule, a Sampler), where one is wanted?"""
+    if not isinstance(hint, type) or hint in (bool, int, float, str):
+        return False
+    if getattr(hint, "_is_protocol", False):
+        return dataclasses.is_dataclass(value)
+    return isinstance(value, hint)
 
 
 def _says(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

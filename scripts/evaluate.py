@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm_pipe import Pipeline, files, image
+from ldm_pipe import Pipeline, files, image, recipe
 from train.world import draw_scene, render
 from train.world.grader import grade
 from train.world.scenes import Scene, captions
@@ -119,7 +119,7 @@ def sheet(pipe: Pipeline, folder: Path) -> None:
     rng = np.random.default_rng(2026)
     wanted = [draw_scene(rng, kind, "any") for kind in ("one", "two", "count", "two") * 16]
     out = pipe([captions(s)[0] for s in wanted], seeds=tuple(range(64)), batch_size=32)
-    files.write(folder / "samples.png", image.png(image.grid(out.images, 8).resize((8 * 98, 8 * 98)), {}), replace=True)
+    files.write(folder / "samples.png", recipe.png(image.grid(out.images, 8).resize((8 * 98, 8 * 98)), None), replace=True)
     verdicts = ["" if grade(np.asarray(i), s) else "  (graded wrong)" for i, s in zip(out.images, wanted, strict=True)]
     lines = [f"{k + 1:2} {p}{v}" for k, (p, v) in enumerate(zip(out.prompts, verdicts, strict=True))]
     files.write(folder / "samples.txt", ("\n".join(lines) + "\n").encode(), replace=True)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_cuda_device_that_is_not_there_is_the_machines_fault(run) -> None:  # 
     assert err.startswith("error: --device 'cuda:99': this machine has ")
 
 
-@pytest.mark.parametrize("flags", [["--version"], ["--help"], ["--list"], ["--list", "samplers"], ["-p", "x", "--steps", "0"]])
+@pytest.mark.parametrize("flags", [["--version"], ["--help"], ["--list"], ["--list", "samplers"], ["--show", "none.png"], ["-p", "x", "--steps", "0"]])
 def test_no_torch_before_it_is_needed(flags: list[str]) -> None:
     code = (
         "import sys\nfrom ldm_pipe.cli import main\n"
@@ -140,3 +141,92 @@ def test_debug_shows_the_traceback(run) -> None:  # type: ignore[no-untyped-def]
 
     with pytest.raises(UsageError):
         run("-p", "x", "--steps", "0", "--debug")
+
+
+def test_the_recipe_is_shown_and_replayed_bit_for_bit(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    flags = ("-p", PROMPT, "--seed", "3", "--num-images", "3", "--sampler", "ddpm", "-o", "made", "--guide", "cfg(2)|between(0.1,0.9)")
+    assert run(*flags)[0] == 0
+    image = "made/a-fox-on-a-blue-background-5.png"
+    code, out, _ = run("--show", image)
+    shown = json.loads(out)
+    assert code == 0
+    assert (shown["seed"], shown["batch"], shown["row"], shown["guide"]) == (5, 3, 2, "cfg(2)|between(0.1,0.9)")
+    assert str(tmp_path) not in out
+    code, out, _ = run("--replay", image, "--verify")
+    assert (code, out) == (0, f"{image}: bit-equal\n")
+    code, out, _ = run("--replay", image, "-o", "again.png")
+    assert code == 0
+    with Image.open(image) as a, Image.open("again.png") as b:
+        assert a.tobytes() == b.tobytes()
+
+
+def test_verify_says_what_differs(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from ldm_pipe import recipe
+
+    assert run("-p", PROMPT, "--seed", "3", "-o", "fox.png")[0] == 0
+    made = recipe.read("fox.png")
+    with Image.open("fox.png") as picture:
+        changed = Image.eval(picture, lambda v: min(255, v + 9))
+    old = replace(made, versions={**made.versions, "torch": "1.0"})
+    (tmp_path / "old.png").write_bytes(recipe.png(changed, old))
+    code, out, _ = run("--replay", "old.png", "--verify")
+    assert code == 1
+    assert "the largest difference is 9 of 255; recorded facts that differ: torch: 1.0 -> " in out
+
+
+def test_other_tools_find_the_parameters_and_no_forged_field(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("-p", "a fox\nSteps: 99, Seed: 1\0", "-n", "red\nSeed: 2", "--seed", "8", "-o", "fox.png")[0] == 0
+    with Image.open("fox.png") as picture:
+        lines = picture.info["parameters"].splitlines()
+    assert len(lines) == 3
+    assert lines[1] == "Negative prompt: red Seed: 2"
+    assert lines[2].startswith("Steps: 4, Sampler: ddim, Schedule type: leading, CFG scale: 3.0, Seed: 8, Size: 32x32")
+
+
+def test_json_is_one_object(run) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run("-p", PROMPT, "--seed", "3", "--num-images", "2", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [i["seed"] for i in report["images"]] == [3, 4]
+    assert report["evaluations"] == {"cond": 8, "uncond": 8}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--guide", "cgf(2)"], "did you mean 'cfg'"),
+        (["--guide", "cfg(2)", "--guidance-scale", "3"], "exclude each other"),
+        (["-o", "x" * 256 + ".png"], "at most 255 bytes"),
+        (["-o", "there/fox.png/fox.png"], "is a file"),
+        (["--show", "none.png"], "cannot be read as a PNG"),
+        (["--show", "there/fox.png"], "cannot be read as a PNG"),
+        (["--replay", "there/plain.png"], "holds no recipe"),
+        (["--show", "there/wrong.png"], "did you mean 'seed'"),
+        (["--show", "there/newer.png"], "this version reads 1"),
+    ],
+    ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "",
+)
+def test_more_mistakes_are_one_line(run, tmp_path: Path, flags: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
+    from PIL.PngImagePlugin import PngInfo
+
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "fox.png").write_bytes(b"no picture")
+    for name, text in {"wrong": '{"format": 1, "sead": 1}', "newer": '{"format": 2}', "plain": None}.items():
+        info = PngInfo()
+        if text:
+            info.add_itxt("ldm_pipe", text)
+        Image.new("RGB", (2, 2)).save(there / f"{name}.png", pnginfo=info)
+    code, out, err = run(*([] if flags[0] in ("--show", "--replay") else ["-p", "x"]), *flags)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_a_folder_that_cannot_be_written_is_the_machines_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("os.access", lambda *a, **k: False)
+    code, _, err = run("-p", "x")
+    assert code == 3
+    assert "cannot be written to" in err

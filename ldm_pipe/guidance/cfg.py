@@ -13,10 +13,10 @@ from ldm_pipe.model import Estimate
 
 @dataclass(frozen=True)
 class CFG:
-    """p + (scale - 1) (p - n): the positive branch p moved away from the negative one n. Scale 1 is p itself, one branch.
+    """Classifier-free guidance p + (scale - 1) (p - n): the positive branch p moved away from the negative one n.
 
-    positive, negative: names of the branches; "uncond" holds the empty or the negative prompt. The paper's w is scale - 1.
-    Linear, so the same in x0, noise and v.
+    scale: 1 is p itself and evaluates one branch; the paper's w is scale - 1. positive, negative: names of the branches;
+    "uncond" holds the empty or the negative prompt. Linear, so the same in x0, noise and v.
     """
 
     scale: float = 5.0

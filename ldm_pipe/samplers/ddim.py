@@ -15,9 +15,10 @@ from ldm_pipe.walk import Sampler, Step
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) noise + d z, d^2 = eta^2 (sigma_s / sigma_t)^2 (sigma_t^2 - r^2 sigma_s^2).
+    """First order, any part of the noise kept or drawn anew.
 
-    eta: 0 is deterministic, 1 is DDPM with the small variance; r = alpha_t / alpha_s.
+    x_s = alpha_s x0 + sqrt(sigma_s^2 - d^2) noise + d z with d^2 = eta^2 (sigma_s / sigma_t)^2 (sigma_t^2 - r^2 sigma_s^2)
+    and r = alpha_t / alpha_s. eta: 0 is deterministic, 1 is DDPM with the small variance.
     """
 
     eta: float = 0.0

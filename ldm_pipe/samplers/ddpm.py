@@ -22,7 +22,7 @@ from ldm_pipe.walk import Sampler, Step
 
 @dataclass(frozen=True)
 class DDPM(Sampler):
-    """Ancestral sampling.
+    """Ancestral sampling: a draw from the posterior q(x_s | x_t, x0) at every step.
 
     variance: "small" is the posterior's (sigma_t^2 = beta-tilde), "large" is beta_t, "learned" interpolates their
     logarithms by the network's own output (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 15).

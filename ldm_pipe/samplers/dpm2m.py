@@ -15,10 +15,10 @@ from ldm_pipe.walk import Sampler, Step
 
 @dataclass(frozen=True)
 class DPM2M(Sampler):
-    """DPM-Solver++(2M), algorithm 2: second order, one evaluation a step, from this x0 and the last one.
+    """DPM-Solver++(2M): second order with one evaluation a step, from this x0 and the last one.
 
-    With lambda = log(alpha / sigma), h = lambda' - lambda and the last step's h0, the x0 of the step is extrapolated by
-    h / (2 h0). The first step, a step out of alpha = 0 and the step into sigma = 0 (h infinite) are first order.
+    Algorithm 2. With lambda = log(alpha / sigma), h = lambda' - lambda and the last step's h0, the x0 of the step is
+    extrapolated by h / (2 h0). First order are the first step, a step out of alpha = 0 and the step into sigma = 0.
     """
 
     def start(self, noise: Tensor, level: Level) -> Tensor:
@@ -32,7 +32,8 @@ class DPM2M(Sampler):
         if memory is not None and there.sigma != 0:
             before, log_snr = memory
             last = here.log_snr - log_snr  # infinite after alpha = 0: no slope is known there
-            x0 = x0 + (there.log_snr - here.log_snr) / (2 * last) * (x0 - before)
+            if last > 0:  # not so after a level that was met twice
+                x0 = x0 + (there.log_snr - here.log_snr) / (2 * last) * (x0 - before)
         shrink = there.sigma / here.sigma
         x = shrink * x + (there.alpha - shrink * here.alpha) * x0
         return Step(x, estimate, (estimate.x0, here.log_snr))

@@ -16,8 +16,9 @@ from ldm_pipe.walk import Sampler, Step
 
 @dataclass(frozen=True)
 class Heun(Sampler):
-    """An Euler step, a second evaluation at its end, and the step again with the average of both. The step into sigma = 0
-    is Euler's.
+    """Second order with two evaluations a step: an Euler step, then the step again with the average of both ends.
+
+    The step into sigma = 0 is Euler's.
 
     average: "ve" averages dy/ds in variance-exploding coordinates (Karras et al. 2022, arXiv 2206.00364, algorithm 1; also
     diffusers' HeunDiscrete; refuses alpha = 0); "flow" averages the velocity noise - x0 over u (flow Heun); "x0" averages x0

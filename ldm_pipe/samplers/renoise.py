@@ -18,7 +18,10 @@ from ldm_pipe.walk import Sampler, Step
 
 @dataclass(frozen=True)
 class Renoise(Sampler):
-    """x_s = alpha_s x0 + sigma_s (sqrt(1 - eta^2) noise + eta z). This eta is not DDIM's: 1 forgets all of the old noise."""
+    """The DDRM-style kernel: x_s = alpha_s x0 + sigma_s (sqrt(1 - eta^2) noise + eta z).
+
+    eta: the share of fresh noise, 0..1. It is not DDIM's: 1 forgets all of the old noise.
+    """
 
     eta: float = 0.85
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ldm_pipe.attention import set_backend
 from ldm_pipe.cond import Cond
-from ldm_pipe.level import Flow
 from ldm_pipe.model import Model
 from ldm_pipe.networks.unet import UNet
+from ldm_pipe.path import Flow
 from ldm_pipe.prediction import FLOW
 from train.data.latents import LatentCache
 from train.loop import Batch
@@ -120,7 +120,7 @@ def write_index(folder: Path) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, steps_offset=1, steps_offset=1
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, steps_offset=1
     )
     scheduler.save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {

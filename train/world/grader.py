@@ -26,7 +26,7 @@ MISFIT = 1.0  # weight of unexplained energy under a sprite, beside the energy i
 # Calibrated on scenes blurred, made noisy, JPEG-coded and sent through the codec, against blends of two sprites.
 FAR = 40.0  # RGB distance at which a background is none of the palette
 ERROR, DOUBTFUL = 0.12, 0.0175
-FLOOR = 3 * 30.0**2  # energy per pixel added to a sprite's own: pale sprites on a pale ground drown in codec noise
+FLOOR = 3 * 20.0**2  # energy per pixel added to a sprite's own: pale sprites on a pale ground drown in codec noise
 LEFT, FAINT, AREA = 28.0, 13.0, 12  # RMS over the channels of what counts as left over, of what may be a pale sprite; pixels
 MOST, BRANCHES, TOP = 4, 3, 8  # objects per picture; first objects tried; names refined per object
 
@@ -58,26 +58,28 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Bank:
-    """Sprites as spectra (complex64 [side,side//2+1,K,4]: RGB and alpha) with the moments that give their energy."""
+    """Sprites as spectra (complex64 [side,side//2+1,K,5]) with the moments that give their energy on any ground.
+
+    With the sprite's colour c (premultiplied) and alpha a, the planes are c + m a c (3), a + m a a, a; m = MISFIT.
+    """
 
     keys: tuple[tuple[str, int], ...]
     spectra: Array
-    moments: Array  # [K,5]: <rgb,rgb>, <rgb,alpha> (3), <alpha,alpha>
+    moments: Array  # [K,5]: sums of (1 + m a) times cc, ca (3), aa
     side: int
 
-    def energy(self, ground: Array) -> Array:
-        """[K]: sum of squares of (sprite - its alpha share of the ground)."""
-        weights = np.concatenate([[1.0], -2 * ground, [(ground**2).sum()]])
-        return np.asarray(self.moments @ weights, dtype=np.float32)
-
     def scores(self, field: Array, ground: Array) -> Array:
-        """[K,side,side]: energy of `field` (picture less ground) explained, less MISFIT x energy left under the sprite."""
-        gain = 2 * (1 + MISFIT)
-        hidden = -gain * (field @ ground) - MISFIT * (field**2).sum(-1)
-        planes = np.concatenate([gain * field, hidden[..., None]], -1).astype(np.float32)
-        product = (self.spectra @ scipy.fft.rfft2(planes, axes=(0, 1))[..., None])[..., 0]
-        fits = scipy.fft.irfft2(product, s=(self.side, self.side), axes=(0, 1)).transpose(2, 0, 1)
-        return np.asarray(fits - (1 + MISFIT) * self.energy(ground)[:, None, None])
+        """[K,side,side]: energy of `field` (picture less ground) explained, less MISFIT x energy left under the sprite.
+
+        That is |f|^2 - |f - t|^2 - m sum a (f - t)^2 with t = c - a ground, for every middle (row, column) of t.
+        """
+        planes = np.concatenate([2 * field, -2 * (field @ ground)[..., None], -MISFIT * (field**2).sum(-1, keepdims=True)], -1)
+        spectrum = scipy.fft.rfft2(planes.astype(np.float32), axes=(0, 1))
+        product = np.ascontiguousarray((self.spectra @ spectrum[..., None])[..., 0].transpose(2, 0, 1))
+        fits = scipy.fft.irfft2(product, s=(self.side, self.side), overwrite_x=True)
+        energy = self.moments @ np.array([1.0, *(-2 * ground), (ground**2).sum()])
+        fits -= energy[:, None, None].astype(np.float32)
+        return np.asarray(fits)
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,11 @@ def _halved(field: Array) -> Array:
 def _spectrum(name: str, size: int, side: int) -> tuple[Array, Array]:
     template = _template(name, size)
     canvas = _at_origin(template if side == SIZE else _halved(template), side)
-    rgb, alpha = canvas[..., :3], canvas[..., 3]
-    moments = np.array([(rgb**2).sum(), *(rgb * alpha[..., None]).sum((0, 1)), (alpha**2).sum()], dtype=np.float64)
-    return np.conj(scipy.fft.rfft2(canvas, axes=(0, 1))), moments
+    rgb, alpha = canvas[..., :3], canvas[..., 3:]
+    weight = 1 + MISFIT * alpha
+    moments = np.array([(weight * rgb**2).sum(), *(weight * rgb * alpha).sum((0, 1)), (weight * alpha**2).sum()])
+    planes = np.concatenate([weight * canvas, alpha], axis=-1)
+    return np.conj(scipy.fft.rfft2(planes, axes=(0, 1))), moments
 
 
 def _bank(keys: tuple[tuple[str, int], ...], side: int) -> _Bank:
@@ -128,8 +132,9 @@ def _bank(keys: tuple[tuple[str, int], ...], side: int) -> _Bank:
 
 
 @cache
-def _coarse() -> _Bank:
-    return _bank(tuple((name, size) for name in objects("all") for size in SIZES), SIZE // 2)
+def _coarse() -> tuple[_Bank, ...]:
+    """All sprites at half resolution, one bank per size (small enough to stay in a core's cache)."""
+    return tuple(_bank(tuple((name, size) for name in objects("all")), SIZE // 2) for size in SIZES)
 
 
 def _ground(image: Array) -> tuple[str | None, Array]:
@@ -145,17 +150,18 @@ def _ground(image: Array) -> tuple[str | None, Array]:
     return list(COLOURS)[int(votes.argmax())], np.median(pixels[nearest == votes.argmax()], axis=0)
 
 
-def _refine(field: Array, ground: Array, scores: Array) -> _Fit:
-    """The best sprite at the place of the best coarse score [110,sizes,32,32], refined in size and to the pixel."""
+def _refine(field: Array, ground: Array, scores: Array) -> tuple[_Fit, tuple[int, int]]:
+    """The best sprite at the place of the best coarse score [sizes,110,32,32], refined in size and to the pixel;
+    and that place."""
     names = objects("all")
-    y, x = np.unravel_index(int(scores.argmax()), scores.shape)[2:]
+    y, x = (int(i) for i in np.unravel_index(int(scores.argmax()), scores.shape)[2:])
     near = scores[:, :, max(0, y - 3) : y + 4, max(0, x - 3) : x + 4].max((2, 3))
     keys = []
-    for i in np.argsort(-near.max(1))[:TOP]:
-        size = SIZES[int(near[i].argmax())]
+    for i in np.argsort(-near.max(0))[:TOP]:
+        size = SIZES[int(near[:, i].argmax())]
         step = max(1, round(size * 0.05))
         keys += [(names[i], s) for s in range(size - step, size + step + 1)]
-    top, left = max(0, 2 * int(y) - 7), max(0, 2 * int(x) - 7)
+    top, left = max(0, 2 * y - 7), max(0, 2 * x - 7)
     bank = _bank(tuple(keys), SIZE)
     window = bank.scores(field, ground)[:, top : top + 15, left : left + 15]
     best = window.max((1, 2))
@@ -163,7 +169,7 @@ def _refine(field: Array, ground: Array, scores: Array) -> _Fit:
     row, column = np.unravel_index(int(window[k].argmax()), window.shape[1:])
     rival = max(b for b, (name, _) in zip(best, keys, strict=True) if name != keys[k][0])
     lead = float(best[k] - rival) / (1 + MISFIT)
-    return _fit(field, ground, keys[k], (top + int(row), left + int(column)), lead)
+    return _fit(field, ground, keys[k], (top + int(row), left + int(column)), lead), (y, x)
 
 
 def _fit(field: Array, ground: Array, key: tuple[str, int], at: tuple[int, int], lead: float) -> _Fit:
@@ -197,33 +203,25 @@ def _leftover(field: Array, fits: list[_Fit], level: float = LEFT) -> tuple[Arra
 
 
 def _explain(field: Array, ground: Array, fits: list[_Fit]) -> tuple[Array, list[_Fit]]:
-    """Take sprites out of `field` while something is left and matches."""
-    while len(fits) < MOST and _leftover(field, fits, FAINT)[1]:
-        scores = _coarse().scores(_halved(field), ground)
-        fit = _refine(field, ground, scores.reshape(-1, len(SIZES), *scores.shape[1:]))
-        if not fit.accepted:
-            break
-        fits = [*fits, fit]
-        field = field - fit.drawn
-    return field, fits
+    """The field less every sprite that matches, and those sprites: depth first, the strongest first.
 
-
-def _search(field: Array, ground: Array) -> tuple[Array, list[_Fit]]:
-    """The cleanest explanation among those that begin with the best, second and third best name of the picture."""
-    best: tuple[Array, list[_Fit]] = (field, [])
-    if not _leftover(field, [], FAINT)[1]:
+    A sprite that spans two objects can be the strongest, so where it is rejected the next place is tried, and where
+    the first one leads to leftovers another beginning may lead to none.
+    """
+    best = field, fits
+    if len(fits) == MOST or not _leftover(field, fits, FAINT)[1]:
         return best
-    scores = _coarse().scores(_halved(field), ground)
-    scores = scores.reshape(-1, len(SIZES), *scores.shape[1:])
+    half = _halved(field)
+    scores = np.stack([bank.scores(half, ground) for bank in _coarse()])
     for _ in range(BRANCHES):
-        first = _refine(field, ground, scores)
-        if first.accepted:
-            left, fits = _explain(field - first.drawn, ground, [first])
-            if not best[1] or (left**2).sum() < (best[0] ** 2).sum():
-                best = left, fits
-            if not _leftover(left, fits)[1]:
+        fit, (y, x) = _refine(field, ground, scores)
+        if fit.accepted:
+            deeper = _explain(field - fit.drawn, ground, [*fits, fit])
+            if best[1] is fits or (deeper[0] ** 2).sum() < (best[0] ** 2).sum():
+                best = deeper
+            if fits or not _leftover(*best)[1]:
                 break
-        scores[int(np.unravel_index(int(scores.argmax()), scores.shape)[0])] = -np.inf
+        scores[:, :, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] = -np.inf
     return best
 
 
@@ -238,7 +236,7 @@ def read(image: np.ndarray) -> Reading:
     if colour is None:
         return Reading(None, (Found(None, SIZE / 2, SIZE / 2, float(SIZE), 1.0),))
     field = np.asarray(gaussian_filter(image - ground, (BLUR_IMAGE, BLUR_IMAGE, 0), mode="nearest"))
-    left, fits = _search(field, ground)
+    left, fits = _explain(field, ground, [])
     labels, number = _leftover(left, fits)
     found = [fit.found for fit in fits]
     for i in range(1, number + 1):

@@ -1,0 +1,55 @@
+"""Guidance as text: `cfg(5) | rescale(0.7) | between(0.2, 0.9)` is Between(0.2, 0.9, Rescale(0.7, CFG(5))).
+
+Each part wraps the one before it as its `rule`. Values are literals by position or by name; nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, Any
+
+from ldm_pipe import registry
+from ldm_pipe.errors import UsageError
+
+if TYPE_CHECKING:
+    from ldm_pipe.model import Rule
+
+
+def parse(text: str) -> Rule:
+    """The rule that a text describes. Raises UsageError naming the part, the nearest rule or field, and what is allowed."""
+    rule = None
+    for name, fields in calls(text):
+        if rule is not None and "rule" not in dict(registry.entry("rule", name).fields):
+            raise UsageError(f"--guide {text!r}: {name} wraps no other rule; put it first")
+        rule = registry.build("rule", name, **fields, **({} if rule is None else {"rule": rule}))
+    assert rule is not None
+    return rule
+
+
+def calls(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The parts of a text as (name, fields), names and fields known, without importing any rule."""
+    return [_call(part.strip(), text) for part in text.split("|")]
+
+
+def _call(part: str, text: str) -> tuple[str, dict[str, Any]]:
+    try:
+        node = ast.parse(part, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(f"--guide {text[:80]!r} is not of the form cfg(5) | between(0.2, 0.9)") from error
+    if isinstance(node, ast.Name):
+        node = ast.Call(node, [], [])
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        raise UsageError(f"--guide {text[:80]!r} is not of the form cfg(5) | between(0.2, 0.9)")
+    name = node.func.id
+    names = [n for n, _ in registry.entry("rule", name).fields if n != "rule"]
+    if len(node.args) > len(names):
+        raise UsageError(f"--guide: {name} takes {len(names)} value(s) ({', '.join(names)}), got {len(node.args)}")
+    given = [*zip(names, node.args, strict=False), *((k.arg, k.value) for k in node.keywords)]
+    return name, {str(field): _literal(value, name, str(field)) for field, value in given}
+
+
+def _literal(node: ast.expr, name: str, field: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--guide: {field} of {name} is not a number or a quoted text") from error

@@ -1,0 +1,125 @@
+"""The recipe of an image, inside the image: everything needed to make it again, as JSON in one iTXt key of the PNG.
+
+Beside it stands the `parameters` text that other tools read. What is read back is untrusted: size-capped, built strictly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ldm_pipe import strict
+from ldm_pipe.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KEY, FORMAT, LIMIT = "ldm_pipe", 1, 1_000_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What made one image. seed: the image's own; batch, row: how many were computed together, and which this one was.
+
+    digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
+    """
+
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    steps: int = 1
+    guidance_scale: float = 1.0
+    guide: str | None = None
+    sampler: str = ""
+    spacing: str = ""
+    sampler_set: dict[str, Any] = field(default_factory=dict)
+    spacing_set: dict[str, Any] = field(default_factory=dict)
+    height: int = 0
+    width: int = 0
+    batch: int = 1
+    row: int = 0
+    model: str = "builtin"
+    digests: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    dtype: str = "fp32"
+    attention: str = "sdpa"
+    threads: int = 1
+    versions: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def differences(self, other: Recipe) -> list[str]:
+        """The recorded facts of the machine and the software in which two recipes differ, as "name: ours -> theirs"."""
+        found = []
+        for name in ("device", "dtype", "attention", "threads", "batch", "row", "model"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            found += [f"{name}: {mine} -> {theirs}"] if mine != theirs else []
+        for group in ("versions", "digests"):
+            mine, theirs = getattr(self, group), getattr(other, group)
+            names = sorted({*mine, *theirs})
+            found += [f"{n}: {_short(mine.get(n))} -> {_short(theirs.get(n))}" for n in names if mine.get(n) != theirs.get(n)]
+        return found
+
+    def parameters(self) -> str:
+        """The text that AUTOMATIC1111 writes and other tools read. A line break in a prompt is a space there."""
+        lines = [" ".join(self.prompt.split())]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {' '.join(self.negative_prompt.split())}")
+        facts = {"Steps": self.steps, "Sampler": self.sampler, "Schedule type": self.spacing, "CFG scale": self.guidance_scale}
+        facts |= {"Seed": self.seed, "Size": f"{self.width}x{self.height}", "Model": self.model, "Version": "ldm_pipe"}
+        return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in facts.items())])
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]
+
+
+def png(image: Image, recipe: Recipe | None) -> bytes:
+    """A PNG file, with its recipe."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if recipe is not None:
+        info.add_itxt(KEY, json.dumps(dataclasses.asdict(recipe), ensure_ascii=True, allow_nan=False))
+        info.add_itxt("parameters", recipe.parameters().encode("utf-8", "replace").decode("utf-8").replace("\0", " "))
+    out = io.BytesIO()
+    image.save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def read(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe in an image file. Raises UsageError where there is none or it is not of the form."""
+    text = _text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{str(path)!r}: its recipe is not JSON") from error
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{str(path)!r}: its recipe is not an object")
+    if found.get("format") != FORMAT:
+        raise UsageError(f"{str(path)!r}: its recipe has format {found.get('format')!r:.20}; this version reads {FORMAT}")
+    return strict.build(Recipe, found, f"recipe of {str(path)!r}")
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a decompression bomb is a warning before it is an error
+            with Image.open(path, formats=["PNG"]) as image:
+                text = image.info.get(KEY)
+    except OSError as error:
+        raise UsageError(f"{str(path)!r} cannot be read as a PNG file: {error.strerror or 'not of that format'}") from error
+    except (ValueError, SyntaxError, Warning) as error:
+        raise UsageError(f"{str(path)!r} cannot be read as a PNG file: {str(error)[:80]}") from error
+    if not isinstance(text, str):
+        raise UsageError(f"{str(path)!r} holds no recipe of ldm_pipe")
+    if len(text) > LIMIT:
+        raise UsageError(f"{str(path)!r}: its recipe is longer than {LIMIT} characters")
+    return str(text)
