@@ -83,8 +83,7 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     With `replace` an older folder is put aside first and removed only after the new one stands.
     """
     path = Path(path)
-    if path.exists() and not replace:
-        raise UsageError(f"{str(path)!r} exists and is not overwritten; choose another name")
+    _keep(path, replace)
     temp = aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,8 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         yield temp
         for file in temp.rglob("*"):
             _settle(file)
-        os.chmod(temp, 0o777 & ~_umask())
+        _settle(temp)
+        _keep(path, replace)
         if path.exists():
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=".ldm-old-"))
             os.replace(path, aside / path.name)
@@ -101,9 +101,16 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     except OSError as error:
         raise _fault(error, path) from error
     finally:
+        if aside is not None and not path.exists():  # the new folder could not take its place
+            os.replace(aside / path.name, path)
         for left in (temp, aside):
             if left is not None:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _keep(path: Path, replace: bool) -> None:
+    if path.exists() and not replace:
+        raise UsageError(f"{str(path)!r} exists and is not overwritten; choose another name")
 
 
 def _settle(file: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,12 @@ class Rule(Protocol):
 
 def guided(branches: Branches, rule: Rule) -> Denoiser:
     """The Denoiser that a rule makes of branches. A rule that keeps state over a run has `fresh()`, called here."""
-    fresh = getattr(rule, "fresh", None)
-    active: Rule = fresh() if fresh else rule
+    active = _fresh(rule)
     return lambda x, level: active(branches(x, level, active.needs(level)), x, level)
+
+
+def _fresh(rule: Any) -> Rule:
+    """The rule without the state of earlier runs, also in the rules that it wraps as `rule`."""
+    if hasattr(rule, "fresh"):
+        return rule.fresh()
+    return replace(rule, rule=_fresh(rule.rule)) if hasattr(rule, "rule") else rule

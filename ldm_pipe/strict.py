@@ -82,9 +82,9 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
     elif hint in (int, float) and not isinstance(value, bool):
         try:
             number = hint(value) if text or hint is float else value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
-        if isinstance(number, hint) and math.isfinite(number):
+        if isinstance(number, hint) and (hint is int or math.isfinite(number)):
             return number
     elif hint is Any or (hint is str and text) or _is_ready(value, hint):
         return value

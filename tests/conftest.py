@@ -33,7 +33,8 @@ def make_tiny(folder: Path, prediction: str = "eps") -> Path:
     tokenizer = make_tokenizer(8)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, pad_token_id=ends["eos_token_id"], **size, **ends)
+    ends["pad_token_id"] = tokenizer.pad_token_id
+    text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **size, **ends)
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     save_tokenizer(tokenizer, folder / "tokenizer")
     AutoencoderKL(

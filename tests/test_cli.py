@@ -144,8 +144,8 @@ def test_debug_shows_the_traceback(run) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_the_recipe_is_shown_and_replayed_bit_for_bit(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    flags = ("-p", PROMPT, "--seed", "3", "--num-images", "3", "--sampler", "ddpm", "-o", "made", "--guide", "cfg(2)|between(0.1,0.9)")
-    assert run(*flags)[0] == 0
+    flags = ["--seed", "3", "--num-images", "3", "--sampler", "ddpm", "-o", "made", "--guide", "cfg(2)|between(0.1,0.9)"]
+    assert run("-p", PROMPT, *flags)[0] == 0
     image = "made/a-fox-on-a-blue-background-5.png"
     code, out, _ = run("--show", image)
     shown = json.loads(out)
@@ -225,7 +225,7 @@ def test_more_mistakes_are_one_line(run, tmp_path: Path, flags: list[str], words
     assert words in err
 
 
-def test_a_folder_that_cannot_be_written_is_the_machines_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_closed_folder_is_the_machines_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("os.access", lambda *a, **k: False)
     code, _, err = run("-p", "x")
     assert code == 3

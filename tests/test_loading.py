@@ -40,7 +40,8 @@ def test_the_finished_latents_equal_diffusers(tiny: Tiny, prediction: str) -> No
         expected = _flow_by_hand(theirs, start, prompt, steps, scale)
     else:
         kind = DDIMScheduler if prediction == "v" else EulerDiscreteScheduler
-        theirs.scheduler = kind.from_config({**config, "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False})
+        config |= {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+        theirs.scheduler = kind.from_config(config)
         theirs.set_progress_bar_config(disable=True)
         expected = theirs(prompt, num_inference_steps=steps, guidance_scale=scale, latents=start, output_type="latent",
                           height=32, width=32).images  # fmt: skip

@@ -1,4 +1,4 @@
-"""The training loop: stopping anywhere and resuming is the same run, a broken checkpoint is skipped, nothing is half written."""
+"""The training loop: stopping anywhere and resuming is the same run, a broken checkpoint is named and skipped."""
 
 from __future__ import annotations
 
