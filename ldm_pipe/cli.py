@@ -6,15 +6,19 @@ import argparse
 import dataclasses
 import json
 import re
+import signal
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm_pipe import __version__, guide, recipe, registry
+from ldm_pipe import __version__, recipe, registry
 from ldm_pipe.errors import LdmError, ModelError, UsageError, unknown
 from ldm_pipe.output import Target, slug
+from ldm_pipe.request import Request
 from ldm_pipe.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
     from ldm_pipe.walk import Step
 
 PLURALS = {f"{kind}s": kind for kind in registry.KINDS}
-SETTINGS = ("seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width", "batch_size")
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,31 +41,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of `generate`."""
+    """The flags of `generate`. What is not given is not in the namespace: `Request` knows the defaults."""
     p = Parser(
         prog="generate",
         description="Make images from prompts with a latent diffusion model.",
         epilog='example: generate --prompt "a fox on a blue background" --num-images 4 --grid --seed 7',
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     add = p.add_argument
-    add("-p", "--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
-    add("-n", "--negative-prompt", default="", metavar="TEXT", help="what to move away from")
-    add("-m", "--model", default="builtin", metavar="SOURCE", help="builtin, or a folder in diffusers' layout")
+    add("-p", "--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times; - reads stdin")
+    add("--prompts", metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": ..., "seed": ...}')
+    add("-n", "--negative-prompt", metavar="TEXT", help="what to move away from")
+    add("-m", "--model", metavar="SOURCE", help="builtin (default), or a folder in diffusers' layout")
     add("-o", "--output", metavar="PATH", help="a .png file, or a folder for several (default: outputs/)")
-    add("--num-images", type=int, default=1, metavar="N", help="images per prompt; image k has seed + k (default: 1)")
+    add("--num-images", type=int, metavar="N", help="images per prompt; image k has seed + k (default: 1)")
     add("--seed", type=int, metavar="N", help="seed of the first image, 0 to 2^64 - 1 (default: drawn and printed)")
     add("--steps", type=int, metavar="N", help="steps of the sampler (default: the model's)")
     add("--guidance-scale", type=float, metavar="X", help="classifier-free guidance, 1 = none (default: the model's)")
+    add("--guide", metavar="RULES", help='instead of --guidance-scale: "cfg(5) | rescale(0.7) | between(0.2, 0.9)"')
     add("--sampler", metavar="NAME", help="see --list samplers (default: the model's)")
     add("--spacing", metavar="NAME", help="see --list spacings (default: the model's)")
-    add("--set", action="append", default=[], metavar="K=V", help="a field of a method: sampler.eta=0.5, spacing.shift=3")
+    add("--set", action="append", metavar="K=V", help="a field of a method: sampler.eta=0.5, spacing.shift=3")
     add("--height", type=int, metavar="PX", help="of an image (default: the model's)")
     add("--width", type=int, metavar="PX", help="of an image (default: the model's)")
-    add("--batch-size", type=int, default=16, metavar="N", help="images computed together (default: 16)")
-    add("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--guide", metavar="RULES", help='instead of --guidance-scale: "cfg(5) | rescale(0.7) | between(0.2, 0.9)"')
+    add("--batch-size", type=int, metavar="N", help="images computed together (default: 16)")
+    add("--dtype", help="auto (default), fp32, bf16 or fp16")
+    add("--device", help="auto (default), cpu, cuda or cuda:N")
+    add("--config", metavar="FILE", help="a TOML file whose keys are these flags; flags win")
     add("--grid", action="store_true", help="also write all images as one contact sheet")
     add("--force", action="store_true", help="overwrite existing files")
     add("--list", nargs="?", const="all", metavar="KIND", help=f"show {', '.join(PLURALS)} or words, and exit")
@@ -70,30 +76,46 @@ def parser() -> argparse.ArgumentParser:
     add("--replay", metavar="IMAGE", help="make an image again from the recipe in it")
     add("--verify", action="store_true", help="with --replay: compare with the image instead of writing")
     add("--json", action="store_true", help="print one JSON object on stdout instead of paths")
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--quiet", action="store_true", help="print nothing but errors and paths")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"ldm_pipe {__version__}")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 2 wrong use or model, 3 the machine, 4 not finite."""
+    """Run the command line. Returns the exit code: 0 done, 2 wrong use or model, 3 the machine, 4 not finite, 130 and 143
+    interrupted; what was finished before stays."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    previous = _on_terminate()
     try:
-        args = parser().parse_args(argv)
-        if args.list:
-            return _list(args.list)
-        if args.show:
-            return _show(args.show)
-        return _replay(args) if args.replay else _generate(args)
+        request = Request.of(vars(parser().parse_args(argv)))
+        if request.list:
+            return _list(request.list)
+        if request.show:
+            return _show(request.show)
+        return _replay(request) if request.replay else _generate(request)
     except LdmError as error:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("\nerror: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print("\nerror: interrupted; images that were finished are kept", file=sys.stderr)
+        return stop.args[0] if stop.args else 130
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _on_terminate() -> Any:
+    """SIGTERM ends a run as Ctrl-C does, with exit code 143 (only the main thread may say so)."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(128 + number)
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 def _list(kind: str) -> int:
@@ -118,78 +140,53 @@ def _words() -> list[str]:
         raise ModelError(f"builtin/ldm_pipe.json cannot be read: {type(error).__name__}") from error
 
 
-def _generate(args: argparse.Namespace) -> int:
-    if not args.prompt:
-        raise UsageError('--prompt is needed, such as --prompt "a fox on a blue background"')
-    settings = _settings(args)
-    target = Target.of(args.output, len(args.prompt) * settings["num_images"] + args.grid, args.force)
+def _generate(request: Request) -> int:
+    prompts, seeds = request.texts()
+    settings = request.settings(seeds)
+    target = Target.of(request.output, len(prompts) * request.num_images + request.grid, request.force)
     started = time.perf_counter()
-    say: Callable[[str], None] = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr))
+    say: Callable[[str], None] = (lambda text: None) if request.quiet else (lambda text: print(text, file=sys.stderr))
+    from ldm_pipe import image
     from ldm_pipe.device import pick_device, pick_dtype
     from ldm_pipe.pipeline import Pipeline
 
-    device = pick_device(args.device)
-    note = pick_dtype(args.dtype, device)[1]
-    pipe = Pipeline.from_pretrained(args.model, args.device, args.dtype)
-    if note:
-        say(f"note: {note}")
-    for text in dict.fromkeys(n for p in args.prompt for n in pipe.bundle.text.notices(p)):
-        say(f"note: {text}")
-    bar = _progress(pipe, args.prompt, settings) if sys.stderr.isatty() and not args.quiet else None
-    out = pipe(args.prompt, on_step=bar, **settings)
-    paths = _write(out, pipe, target, args.grid)
-    if args.json:
-        print(json.dumps(_report(out, paths)))
-    elif not args.quiet:
-        print(*paths, sep="\n")
-    say(f"{len(out.images)} image(s), seed {out.settings.seed}, {time.perf_counter() - started:.1f} s")
+    note = pick_dtype(request.dtype, pick_device(request.device))[1]
+    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
+    for text in dict.fromkeys([note, *(n for p in prompts for n in pipe.bundle.text.notices(p))]):
+        if text:
+            say(f"note: {text}")
+    bar = _progress(pipe, prompts, settings) if sys.stderr.isatty() and not request.quiet else None
+    done: list[Output] = []
+    paths: list[Path] = []
+    for out in pipe.batches(prompts, on_step=bar, **settings):
+        done.append(out)
+        paths += _write(out, pipe, target)
+        if not request.json:
+            print(*paths[-len(out.images) :], sep="\n", flush=True)
+    if request.grid:
+        sheet = recipe.png(image.grid([i for out in done for i in out.images]), None)
+        paths.append(target.write(sheet, f"{slug(prompts[0])}-{done[0].seeds[0]}-grid"))
+        if not request.json:
+            print(paths[-1])
+    if request.json:
+        print(json.dumps(_report(done, paths)))
+    say(f"{sum(len(o.images) for o in done)} image(s), seed {done[0].seeds[0]}, {time.perf_counter() - started:.1f} s")
     return 0
 
 
-def _report(out: Output, paths: list[Path]) -> dict[str, Any]:
-    rows = zip(paths, out.prompts, out.seeds, strict=False)
-    images = [{"path": str(path), "prompt": prompt, "seed": seed} for path, prompt, seed in rows]
-    settings = dataclasses.asdict(out.settings)
-    return {"images": images, "settings": settings, "evaluations": dict(out.evaluations), "notices": list(out.notices)}
+def _report(done: list[Output], paths: list[Path]) -> dict[str, Any]:
+    rows = [(prompt, seed) for out in done for prompt, seed in zip(out.prompts, out.seeds, strict=True)]
+    images = [{"path": str(path), "prompt": p, "seed": s} for path, (p, s) in zip(paths, rows, strict=False)]
+    evaluations = dict(sum((out.evaluations for out in done), Counter[str]()))
+    return {"images": images, "settings": dataclasses.asdict(done[0].settings), "evaluations": evaluations}
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of the pipeline, checked here, before torch is imported."""
-    found: dict[str, Any] = {name: getattr(args, name) for name in SETTINGS}
-    found |= {"negative_prompt": args.negative_prompt, "sampler_set": {}, "spacing_set": {}}
-    for item in args.set:
-        key, equals, value = item.partition("=")
-        kind, dot, field = key.partition(".")
-        if not (equals and dot and kind in ("sampler", "spacing")):
-            raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value")
-        found[f"{kind}_set"][field] = value
-    Settings(**found)
-    if args.guide is not None:
-        if args.guidance_scale is not None:
-            raise UsageError("--guide and --guidance-scale exclude each other; write the scale as cfg(5) in --guide")
-        guide.calls(args.guide)
-    for kind in ("sampler", "spacing"):
-        if found[kind]:
-            fields = [n for n, _ in registry.entry(kind, found[kind]).fields]
-            for field in found[f"{kind}_set"]:
-                if field not in fields:
-                    raise UsageError("--set " + unknown(f"field of {kind} {found[kind]}", field, fields))
-    return found
-
-
-def _write(out: Output, pipe: Pipeline, target: Target, sheet: bool) -> list[Path]:
-    """Write the images, each with its recipe, and the contact sheet."""
-    from ldm_pipe import image
+def _write(out: Output, pipe: Pipeline, target: Target) -> list[Path]:
+    """Write the images of a batch, each with its recipe."""
     from ldm_pipe.replay import recipe_of
 
-    paths = []
-    for k, picture in enumerate(out.images):
-        data = recipe.png(picture, recipe_of(out, pipe, k))
-        paths.append(target.write(data, f"{slug(out.prompts[k])}-{out.seeds[k]}"))
-    if sheet:
-        data = recipe.png(image.grid(out.images), None)
-        paths.append(target.write(data, f"{slug(out.prompts[0])}-{out.seeds[0]}-grid"))
-    return paths
+    stems = [f"{slug(prompt)}-{seed}" for prompt, seed in zip(out.prompts, out.seeds, strict=True)]
+    return [target.write(recipe.png(out.images[k], recipe_of(out, pipe, k)), stem) for k, stem in enumerate(stems)]
 
 
 def _show(path: str) -> int:
@@ -197,26 +194,26 @@ def _show(path: str) -> int:
     return 0
 
 
-def _replay(args: argparse.Namespace) -> int:
+def _replay(request: Request) -> int:
     """Make an image again from its file; exit 1 where --verify finds a difference."""
-    found = recipe.read(args.replay)
-    target = Target.of(args.output, 1, args.force)
+    found = recipe.read(str(request.replay))
+    target = Target.of(request.output, 1, request.force)
     from PIL import Image
 
     from ldm_pipe import replay
     from ldm_pipe.pipeline import Pipeline
 
-    source = args.model if args.model != "builtin" else found.model
+    source = request.model if request.model != "builtin" else found.model
     dtypes = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    dtype = dtypes.get(found.dtype, "auto") if args.dtype == "auto" else args.dtype
-    pipe = Pipeline.from_pretrained(source, args.device, dtype)
+    dtype = dtypes.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
+    pipe = Pipeline.from_pretrained(source, request.device, dtype)
     out = replay.again(found, pipe)
-    if not args.verify:
-        print(*_write(out, pipe, target, False), sep="\n")
+    if not request.verify:
+        print(*_write(out, pipe, target), sep="\n")
         return 0
-    with Image.open(args.replay, formats=["PNG"]) as original:
+    with Image.open(str(request.replay), formats=["PNG"]) as original:
         verdict = replay.verify(original, found, out, pipe)
-    print(f"{args.replay}: {verdict}")
+    print(f"{request.replay}: {verdict}")
     return 0 if verdict.largest == 0 else 1
 
 

@@ -53,7 +53,8 @@ CondAt = Callable[[Level], Cond]
 class Model(nn.Module):
     """Network + Path + Prediction. The network runs in its own dtype, x and the estimates stay in at least fp32.
 
-    `evaluations` counts, over the life of the model, how many images the network has seen for each branch.
+    `evaluations` counts, over the life of the model, how many images the network has seen for each branch. (Threads that share
+    a model may lose counts here; the counts of a run, in its `Branches`, are exact.)
     """
 
     def __init__(self, network: Network, path: Path, prediction: Prediction, dtype: torch.dtype | None = None) -> None:

@@ -101,28 +101,36 @@ class Pipeline:
         rule: guidance other than CFG(guidance_scale). on_step: called after every step of every batch.
         Raises UsageError on wrong settings, NumericalError where a result is not finite.
         """
+        parts = list(self.batches(prompt, rule, on_step, **settings))
+        return Output(
+            [i for part in parts for i in part.images],
+            torch.cat([part.latents for part in parts]),
+            tuple(s for part in parts for s in part.seeds),
+            tuple(p for part in parts for p in part.prompts),
+            parts[0].settings,
+            sum((part.evaluations for part in parts), Counter()),
+            tuple(dict.fromkeys(n for part in parts for n in part.notices)),
+        )
+
+    def batches(
+        self,
+        prompt: str | Sequence[str],
+        rule: Rule | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[Output]:
+        """The same, batch by batch as they are finished; each Output holds the images of one batch."""
         given = self.resolve(Settings(**settings))
-        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-        latents, images, evaluations = [], [], Counter[str]()
-        for plan in self.plans(prompts, given, rule):
-            x = None
+        for plan in self.plans((prompt,) if isinstance(prompt, str) else tuple(prompt), given, rule):
+            evaluations, x = Counter[str](), None
             for step in self._walk(plan, evaluations):
                 x = step.x
                 if on_step:
                     on_step(step)
             assert x is not None
-            latents.append(x)
-            images.append(_finite(self.decode(x), "the decoder's image holds"))
-        rows = _rows(prompts, given)
-        return Output(
-            image.to_pil(torch.cat(images)),
-            torch.cat(latents),
-            tuple(seed for _, seed in rows),
-            tuple(text for text, _ in rows),
-            given,
-            evaluations,
-            tuple(n for p in dict.fromkeys(prompts) for n in self.bundle.text.notices(p)),
-        )
+            images = image.to_pil(_finite(self.decode(x), "the decoder's image holds"))
+            notices = tuple(n for p in dict.fromkeys(plan.prompts) for n in self.bundle.text.notices(p))
+            yield Output(images, x, plan.seeds, plan.prompts, given, evaluations, notices)
 
     def steps(self, prompt: str, rule: Rule | None = None, **settings: Any) -> Iterator[Step]:
         """The trajectory of one prompt's first batch, step by step (previews: `pipe.decode(step.estimate.x0)`)."""

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm_pipe import Pipeline, files, image, recipe
+from ldm_pipe.analysis.interval import wilson
 from train.world import draw_scene, render
 from train.world.grader import grade
 from train.world.scenes import Scene, captions
@@ -36,19 +36,10 @@ CATEGORIES = {
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
-@dataclass(frozen=True)
-class Share:
-    """Right of tried, with the 95% Wilson score interval (Wilson 1927)."""
-
-    right: int
-    tried: int
-
-    def row(self) -> dict[str, float]:
-        """Percentages."""
-        n, p, z = self.tried, self.right / self.tried, 1.96
-        middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        low, high = ((middle + s * half) / (1 + z * z / n) for s in (-1, 1))
-        return {"right": 100 * p, "low": 100 * low, "high": 100 * high, "prompts": n}
+def share(right: int, tried: int) -> dict[str, float]:
+    """A row of the results, in percent, with its 95% interval."""
+    low, high = wilson(right, tried)
+    return {"right": 100 * right / tried, "low": 100 * low, "high": 100 * high, "prompts": tried}
 
 
 def scenes(kind: str, split: str, count: int, seed: int) -> list[Scene]:
@@ -57,7 +48,7 @@ def scenes(kind: str, split: str, count: int, seed: int) -> list[Scene]:
     return [draw_scene(rng, kind, split) for _ in range(count)]
 
 
-def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> Share:
+def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> dict[str, float]:
     """How many images say what their prompts say. Image i has seed i."""
     seeds = tuple(range(len(wanted)))
     right = 0
@@ -65,7 +56,7 @@ def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> S
         part = wanted[first : first + 50]
         out = pipe([captions(s)[0] for s in part], seeds=seeds[first : first + 50], batch_size=50, **settings)
         right += sum(grade(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
-    return Share(right, len(wanted))
+    return share(right, len(wanted))
 
 
 def codec(pipe: Pipeline, count: int) -> dict[str, Any]:
@@ -85,8 +76,8 @@ def codec(pipe: Pipeline, count: int) -> dict[str, Any]:
     return {
         "psnr": float(np.mean(psnr)),
         "psnr_deviation": float(np.std(psnr)),
-        "grader_on_renders": Share(plain, 3 * count).row(),
-        "grader_after_codec": Share(back, 3 * count).row(),
+        "grader_on_renders": share(plain, 3 * count),
+        "grader_after_codec": share(back, 3 * count),
     }
 
 
@@ -95,7 +86,7 @@ def guidance(pipe: Pipeline, count: int, settings: dict[str, Any], folder: Path)
     rows: dict[str, Any] = {}
     for name in list(CATEGORIES)[:3]:
         wanted = scenes(*CATEGORIES[name], count, 55)
-        rows[name] = {s: accuracy(pipe, wanted, {**settings, "guidance_scale": s}).row() for s in SCALES}
+        rows[name] = {s: accuracy(pipe, wanted, {**settings, "guidance_scale": s}) for s in SCALES}
         print(name, {s: round(r["right"], 1) for s, r in rows[name].items()}, flush=True)
     import matplotlib
 
@@ -104,9 +95,8 @@ def guidance(pipe: Pipeline, count: int, settings: dict[str, Any], folder: Path)
 
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
     for name, row in rows.items():
-        low = [r["right"] - r["low"] for r in row.values()]
-        high = [r["high"] - r["right"] for r in row.values()]
-        axes.errorbar(SCALES, [r["right"] for r in row.values()], yerr=[low, high], marker="o", capsize=3, label=name)
+        middle, low, high = (np.array([r[k] for r in row.values()]) for k in ("right", "low", "high"))
+        axes.errorbar(SCALES, middle, yerr=[middle - low, high - middle], marker="o", capsize=3, label=name)
     axes.set(xlabel="guidance scale", ylabel="right, %", ylim=(0, 102))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -146,9 +136,9 @@ def main() -> None:
         print(found["codec"], flush=True)
     if args.only in (None, "accuracy"):
         for name, (kind, split) in CATEGORIES.items():
-            share = accuracy(pipe, scenes(kind, split, args.prompts, 11), settings)
-            found.setdefault("accuracy", {})[name] = share.row()
-            print(f"{name}: {share.row()}", flush=True)
+            row = accuracy(pipe, scenes(kind, split, args.prompts, 11), settings)
+            found.setdefault("accuracy", {})[name] = row
+            print(f"| {name} | {row['right']:.1f} | {row['low']:.1f} to {row['high']:.1f} |", flush=True)
     if args.only in (None, "guidance"):
         found["guidance"] = guidance(pipe, max(20, args.prompts // 5), settings, args.output)
     if args.only in (None, "sheet"):

@@ -1,4 +1,4 @@
-"""Conditions are batches: rows are repeated, taken, moved and joined together, and nothing is joined that does not fit."""
+"""Conditions are batches: rows are repeated, taken, moved and joined; nothing is joined that does not fit."""
 
 from __future__ import annotations
 

@@ -87,7 +87,9 @@ def test_a_file_made_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_content_is_flushed_before_its_name_and_the_folder_after(tmp_path: Path, calls: list[str], replace: bool) -> None:
+def test_content_is_flushed_before_its_name_and_the_folder_after(
+    tmp_path: Path, calls: list[str], replace: bool
+) -> None:
     files.write(tmp_path / "a", b"abc", replace=replace)
     assert calls[0].startswith("fsync .ldm-")
     assert calls[1:] == [f"{'replace' if replace else 'link'} a", f"fsync {tmp_path.name}"]

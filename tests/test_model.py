@@ -10,8 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import CFG, EDM, EPS, FLOW, PREDICTIONS, VELOCITY, VP, Between, Cond, Estimate, Flow, Gaussian
-from ldm_pipe import Level, Model, Rescale, UsageError, guided
+from ldm_pipe import (
+    CFG,
+    EDM,
+    EPS,
+    FLOW,
+    PREDICTIONS,
+    VELOCITY,
+    VP,
+    Between,
+    Cond,
+    Estimate,
+    Flow,
+    Gaussian,
+    Level,
+    Model,
+    Rescale,
+    UsageError,
+    guided,
+)
 
 SPAN = torch.arange(12, dtype=torch.float64)
 PRIOR = Gaussian(torch.cos(SPAN), 0.25 * 0.8 ** (SPAN[:, None] - SPAN).abs())

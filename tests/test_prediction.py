@@ -56,7 +56,7 @@ def test_pure_noise_can_be_read(prediction: Any, scale: float) -> None:
 
 
 def test_eps_refuses_pure_noise_by_name() -> None:
-    with pytest.raises(UsageError, match="eps.*alpha = 0"):
+    with pytest.raises(UsageError, match=r"eps.*alpha = 0"):
         EPS.x0(X0, NOISE, Level(0.0, 1.0))
 
 
@@ -71,7 +71,7 @@ def test_a_clean_image_can_be_read(prediction: Any) -> None:
 
 @every
 def test_training_levels_are_tensors(prediction: Any) -> None:
-    level = Level(torch.tensor([0.6, 0.9]).double()[:, None, None, None], torch.tensor([0.8, 0.3]).double()[:, None, None, None])
+    level = Level(*(torch.tensor(v, dtype=torch.float64)[:, None, None, None] for v in ([0.6, 0.9], [0.8, 0.3])))
     x, out = level.mix(X0, NOISE), prediction.target(X0, NOISE, level)
     assert torch.allclose(prediction.x0(x, out, level), X0)
     row = Level(0.9, 0.3)

@@ -1,7 +1,8 @@
-"""Methods by name: built strictly, listed from their source, wrong names answered with the nearest one, no torch for lists."""
+"""Methods by name: built strictly, listed from their source without torch, wrong names answered with the nearest."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import importlib
@@ -35,10 +36,6 @@ def test_every_entry_builds_with_its_defaults(kind: str, name: str) -> None:
         assert made(VP.linear(), 4)[-1] == (1.0, 0.0)
     if kind == "rule":
         assert "cond" in made.needs(VP.linear().level(500))
-    with pytest.raises((dataclasses.FrozenInstanceError, AttributeError, TypeError)):
-        made.steps = 3
-        hash(made)
-        raise AttributeError("functions may hold attributes")
 
 
 @every
@@ -65,13 +62,7 @@ def test_listed_fields_and_defaults_are_those_of_the_code(kind: str, name: str) 
         if p.default is p.empty:
             assert listed[p.name] == "required"
         elif isinstance(p.default, bool | int | float | str | None):
-            assert eval_literal(listed[p.name]) == p.default
-
-
-def eval_literal(source: str) -> Any:
-    import ast
-
-    return ast.literal_eval(source)
+            assert ast.literal_eval(listed[p.name]) == p.default
 
 
 def test_lists_import_no_torch() -> None:

@@ -112,5 +112,5 @@ def test_a_wrong_mapping_is_refused(values: dict[str, Any], message: str) -> Non
     with pytest.raises(UsageError) as caught:
         build(Recipe, values)
     assert message in str(caught.value)
-    with pytest.raises(UsageError, match="recipe.toml"):
+    with pytest.raises(UsageError, match=r"recipe\.toml"):
         build(Recipe, values, "recipe.toml")

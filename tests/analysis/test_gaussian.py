@@ -1,4 +1,4 @@
-"""The closed-form denoiser against Tweedie's formula by autograd, its flow against its own ODE, its density against torch."""
+"""The closed-form denoiser against Tweedie's formula by autograd, its flow against its ODE, its density with torch."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import VELOCITY, Estimate, Level, Model, Flow, Cond
+from ldm_pipe import VELOCITY, Cond, Estimate, Flow, Level, Model
 from ldm_pipe.model import Branches
 
 X = torch.randn(3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -26,7 +26,9 @@ def x() -> Tensor:
 def run() -> Branches:
     """Branches cond and uncond of a toy network on the flow path that predicts v; fresh counts."""
     model = Model(_network, Flow(), VELOCITY)
-    rows = {name: Cond(tokens=torch.full((3, 1, 1), value).double()) for name, value in (("cond", 0.9), ("uncond", -0.4))}
+    rows = {
+        name: Cond(tokens=torch.full((3, 1, 1), value).double()) for name, value in (("cond", 0.9), ("uncond", -0.4))
+    }
     return model.branches(**rows)
 
 

@@ -1,4 +1,4 @@
-"""Between: the rule inside its half-open interval of u, the positive branch bit for bit outside, and nothing evaluated there."""
+"""Between: the rule inside its half-open interval of u, the positive branch bit for bit outside, and alone there."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_nested_rules_evaluate_the_other_branch_only_inside(run: Branches, x: Te
         assert torch.equal(found.x0, rule(run(x, level, rule.needs(level)), x, level).x0)
         run.evaluations.clear()
         run.evaluations.update(before)
-        run.evaluations.update({n: 3 for n in NESTED.needs(level)})
+        run.evaluations.update(dict.fromkeys(NESTED.needs(level), 3))
     assert run.model.evaluations["uncond"] == 2 * 3 * inside
 
 

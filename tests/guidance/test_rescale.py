@@ -1,4 +1,4 @@
-"""CFG rescale: nothing at phi 0, the positive branch's deviation at phi 1, in the space that is named, on every path."""
+"""CFG rescale: nothing at phi 0, the positive branch's deviation at phi 1, in the space named, on every path."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ def test_phi_zero_changes_no_bit(space: Any, inner: Rule, estimates: dict[str, E
 @every
 @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
 def test_is_the_formula_of_the_paper(space: Any, phi: float, estimates: dict[str, Estimate], x: Tensor) -> None:
-    """Lin et al. 2023, eq. 15 and 16: phi * out * std(pos) / std(out) + (1 - phi) * out, std over C, H, W of a sample."""
+    """Lin et al. 2023, eq. 15 and 16: phi * out * std(pos) / std(out) + (1 - phi) * out, std per sample."""
     found, guided = Rescale(phi, CFG(5), space)(estimates, x, LEVEL), CFG(5)(estimates, x, LEVEL)
-    p, out, result = (
-        SPACES[space].target(e.x0, e.noise, LEVEL) for e in (estimates["cond"], guided, found)
-    )
+    p, out, result = (SPACES[space].target(e.x0, e.noise, LEVEL) for e in (estimates["cond"], guided, found))
     for k in range(len(x)):
         assert torch.allclose(result[k], phi * out[k] * p[k].std() / out[k].std() + (1 - phi) * out[k])
     assert torch.allclose(LEVEL.mix(found.x0, found.noise), x)

@@ -36,7 +36,12 @@ def theirs(prior: Gaussian, path: VP, made: DDIMScheduler, kind: str, noise: Noi
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("spacing", "steps", "kind"),
-    [("leading", 7, "epsilon"), ("leading", 50, "v_prediction"), ("trailing", 10, "sample"), ("trailing", 25, "epsilon")],
+    [
+        ("leading", 7, "epsilon"),
+        ("leading", 50, "v_prediction"),
+        ("trailing", 10, "sample"),
+        ("trailing", 25, "epsilon"),
+    ],
 )
 def test_equals_diffusers(
     prior: Gaussian, noise: Noise, table: Table, close: Close, eta: float, spacing: str, steps: int, kind: str

@@ -74,7 +74,7 @@ def test_the_learned_variance_is_halfway_between_the_logarithms(noise: Noise) ->
 
 
 def test_learned_needs_a_network_that_learned_it(prior: Gaussian, noise: Noise) -> None:
-    with pytest.raises(UsageError, match="learned.*2C"):
+    with pytest.raises(UsageError, match=r"learned.*2C"):
         sample(prior, noise.start(), levels.leading(VP.linear(), 3), DDPM("learned"), noise)
 
 

@@ -20,7 +20,12 @@ Close = Callable[[Tensor, Tensor, float], None]
 
 @pytest.mark.parametrize(
     ("spacing", "steps", "kind"),
-    [("trailing", 20, "epsilon"), ("leading", 7, "v_prediction"), ("karras", 12, "epsilon"), ("karras", 30, "v_prediction")],
+    [
+        ("trailing", 20, "epsilon"),
+        ("leading", 7, "v_prediction"),
+        ("karras", 12, "epsilon"),
+        ("karras", 30, "v_prediction"),
+    ],
 )
 def test_equals_eulers_scheduler(
     prior: Gaussian, noise: Noise, table: Callable[[Any], VP], close: Close, spacing: str, steps: int, kind: str

@@ -1,6 +1,8 @@
-"""Whole output distributions by affine propagation: on a Gaussian every step is x -> F x + f + G z, read off unit vectors."""
+"""Output distributions by affine propagation: on a Gaussian a step is x -> F x + f + G z, read off unit vectors."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def propagate(prior: Gaussian, sampler: Sampler, walk: list[Level]) -> tuple[Ten
     """Mean and covariance after the walk, from x ~ N(0, I) at its first level."""
     mean, covariance = torch.zeros(D, dtype=torch.float64), torch.eye(D, dtype=torch.float64)
     rows = torch.cat([torch.zeros(1, D), torch.eye(D), torch.zeros(D, D)]).double()
-    for here, there in zip(walk, walk[1:], strict=False):
+    for here, there in pairwise(walk):
         x = next(iter(trajectory(prior, rows, [here, there], sampler, Units()))).x  # type: ignore[arg-type]
         offset, f, g = x[0], (x[1 : D + 1] - x[0]).T, (x[D + 1 :] - x[0]).T
         mean, covariance = f @ mean + offset, f @ covariance @ f.T + g @ g.T

@@ -49,7 +49,7 @@ def test_flow_equals_flow_matchings_heun(prior: Gaussian, noise: Noise, close: C
 
 
 def test_x0_is_the_exponential_integrator_of_the_mean_x0(prior: Gaussian, noise: Noise, close: Close) -> None:
-    """alpha' x0 (1 - e^-h) + (sigma' / sigma) x, h the step of log(alpha / sigma): Lu et al. 2022, eq. 9 with D constant."""
+    """alpha' x0 (1 - e^-h) + (sigma' / sigma) x, h the step of log(alpha / sigma): Lu et al. 2022, eq. 9."""
     here, there, x = Level(0.6, 0.8), Level(0.8, 0.6), noise.start()
     h = torch.tensor((there.log_snr - here.log_snr) / 2, dtype=torch.float64)
     ends = [prior(x, here).x0]

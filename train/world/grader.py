@@ -1,6 +1,6 @@
 """Reads a scene back from its pixels by matching sprites: which object stands where, on which colour, or neither.
 
-No network and no caption takes part. The sharpest sprite fit of all names, sizes and places is found by correlation
+No network and no caption takes part. The best fit of all sprites, sizes and places is found by correlation
 (coarse at half resolution over a bank of every sprite, then fine around the best), taken out of the picture, and so on
 until nothing is left. What no sprite explains is reported as such: a morph of two objects or a blob has no name.
 """
@@ -23,12 +23,14 @@ from train.world.sprites import objects, sprite
 BLUR_TEMPLATE, BLUR_IMAGE, PAD = 1.3, 1.0, 4
 SIZES = tuple(dict.fromkeys(round(18 * 1.1**k) for k in range(11)))
 MISFIT = 1.0  # weight of unexplained energy under a sprite, beside the energy it explains
-# Calibrated on scenes blurred, made noisy, JPEG-coded and sent through the codec, against blends of two sprites.
-FAR = 40.0  # RGB distance at which a background is none of the palette
+FAR = 40.0  # RGB distance at which a background is none of the palette (its closest two colours are 92 apart)
+# A sprite is rejected for its error, or for error times doubt (how close the next name comes, 1 is level). Scenes through
+# the codec stay below 0.01 in the product, at JPEG quality 40 below 0.0175; even blends of two sprites begin at 0.02.
 ERROR, DOUBTFUL = 0.12, 0.0175
 FLOOR = 3 * 20.0**2  # energy per pixel added to a sprite's own: pale sprites on a pale ground drown in codec noise
-LEFT, FAINT, AREA = 28.0, 13.0, 12  # RMS over the channels of what counts as left over, of what may be a pale sprite; pixels
-MOST, BRANCHES, TOP = 4, 3, 8  # objects per picture; first objects tried; names refined per object
+LEFT, AREA = 28.0, 12  # what counts as left over: RMS over the channels, and pixels
+FAINT = 13.0  # RMS from which a patch may be a pale sprite (the palest, a pretzel on orange, has 14)
+MOST, BRANCHES, TOP = 4, 3, 8  # objects per picture; places tried per object; names refined per place
 
 Array = np.ndarray
 
@@ -151,8 +153,10 @@ def _ground(image: Array) -> tuple[str | None, Array]:
 
 
 def _refine(field: Array, ground: Array, scores: Array) -> tuple[_Fit, tuple[int, int]]:
-    """The best sprite at the place of the best coarse score [sizes,110,32,32], refined in size and to the pixel;
-    and that place."""
+    """The best sprite at the place of the best coarse score [sizes,110,32,32], refined in size and to the pixel.
+
+    Also returns that place, (row, column) at half resolution.
+    """
     names = objects("all")
     y, x = (int(i) for i in np.unravel_index(int(scores.argmax()), scores.shape)[2:])
     near = scores[:, :, max(0, y - 3) : y + 4, max(0, x - 3) : x + 4].max((2, 3))
@@ -180,7 +184,7 @@ def _fit(field: Array, ground: Array, key: tuple[str, int], at: tuple[int, int],
     left = float((((field - drawn) ** 2).sum(-1) * alpha).sum())
     energy, area = float((drawn**2).sum()), float(alpha.sum())
     error = left / (energy + FLOOR * area)
-    doubt = left / (left + lead)
+    doubt = left / max(left + lead, 1e-9)
     h, w = sprite(*key).shape[:2]
     # An odd side sits half a pixel before the middle of its even canvas.
     found = Found(key[0], at[1] - (w % 2) / 2, at[0] - (h % 2) / 2, float(key[1]), min(1.0, error))
@@ -226,7 +230,7 @@ def _explain(field: Array, ground: Array, fits: list[_Fit]) -> tuple[Array, list
 
 
 def read(image: np.ndarray) -> Reading:
-    """Say what a picture shows.
+    """Say what a picture shows: the objects in the order found, then whatever else stands out of the ground, unnamed.
 
     image: uint8 [64,64,3], RGB. Raises ValueError for any other shape or type.
     """

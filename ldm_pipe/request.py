@@ -1,0 +1,143 @@
+"""What the command line asks for: flags over a TOML file, prompts from a file, every value checked before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm_pipe import guide, registry, strict
+from ldm_pipe.errors import UsageError, unknown
+from ldm_pipe.settings import Settings
+
+SETTINGS = (
+    "negative_prompt", "seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width",
+    "batch_size",
+)  # fmt: skip
+MOST_TEXT = 64_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """The flags of `generate`, which are also the keys of a --config file. None: the model's default."""
+
+    prompt: tuple[str, ...] = ()
+    prompts: str | None = None
+    negative_prompt: str = ""
+    model: str = "builtin"
+    output: str | None = None
+    num_images: int = 1
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guide: str | None = None
+    sampler: str | None = None
+    spacing: str | None = None
+    set: tuple[str, ...] = ()
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 16
+    dtype: str = "auto"
+    device: str = "auto"
+    grid: bool = False
+    force: bool = False
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    verify: bool = False
+    list: str | None = None
+    show: str | None = None
+    replay: str | None = None
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> Request:
+        """From the flags that were given; `config` names a TOML file whose values they win over."""
+        flags = dict(flags)
+        path = flags.pop("config", None)
+        below = strict.build(cls, _config(path), f"--config {path!r}") if path else cls()
+        above = strict.build(cls, flags, "generate")
+        return cls(**{**vars(below), **{n: getattr(above, n) for n in flags}})
+
+    def texts(self) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+        """The prompts, from --prompt ("-" is standard input) and --prompts, and the seeds that a .jsonl file gives them."""
+        given = [sys.stdin.read().strip() if p == "-" else p for p in self.prompt]
+        rows: list[tuple[str, int | None]] = [(p, None) for p in given]
+        rows += _rows(self.prompts) if self.prompts else []
+        if not rows:
+            raise UsageError('--prompt is needed, such as --prompt "a fox on a blue background"')
+        seeds = [s for _, s in rows if s is not None]
+        if seeds and len(seeds) < len(rows):
+            raise UsageError(f"--prompts {self.prompts!r}: give every prompt a seed, or none")
+        return tuple(p for p, _ in rows), tuple(seeds) or None
+
+    def settings(self, seeds: tuple[int, ...] | None) -> dict[str, Any]:
+        """The keywords of the pipeline. Raises UsageError on any that is wrong."""
+        found: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS} | {"seeds": seeds, "sampler_set": {}, "spacing_set": {}}
+        for item in self.set:
+            key, equals, value = item.partition("=")
+            kind, dot, name = key.partition(".")
+            if not (equals and dot and kind in ("sampler", "spacing")):
+                raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value")
+            found[f"{kind}_set"][name] = value
+        Settings(**found)
+        if self.guide is not None:
+            if self.guidance_scale is not None:
+                raise UsageError("--guide and --guidance-scale exclude each other; write the scale as cfg(5) in --guide")
+            guide.calls(self.guide)
+        for kind in ("sampler", "spacing"):
+            if found[kind]:
+                _check_fields(kind, found[kind], found[f"{kind}_set"])
+        return found
+
+
+def _check_fields(kind: str, name: str, given: Mapping[str, Any]) -> None:
+    fields = [n for n, _ in registry.entry(kind, name).fields]
+    for field in given:
+        if field not in fields:
+            raise UsageError("--set " + unknown(f"field of {kind} {name}", field, fields))
+
+
+def _read(path: str, flag: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_TEXT + 1)
+        if len(data) > MOST_TEXT:
+            raise UsageError(f"{flag} {path!r} is larger than {MOST_TEXT // 10**6} MB")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{flag} {path!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{flag} {path!r} is not UTF-8 text (byte {error.start})") from error
+
+
+def _config(path: str) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(_read(path, "--config"))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"--config {path!r} is not TOML: {error}") from error
+    found = {k.replace("-", "_"): v for k, v in found.items()}
+    if isinstance(found.get("prompt"), str):
+        found["prompt"] = [found["prompt"]]
+    return found
+
+
+def _rows(path: str) -> list[tuple[str, int | None]]:
+    """One prompt a line, or a .jsonl file of {"prompt": ..., "seed": ...}; empty lines are skipped."""
+    lines = [(k, line) for k, line in enumerate(_read(path, "--prompts").splitlines(), 1) if line.strip()]
+    if not path.endswith(".jsonl"):
+        return [(line.strip(), None) for _, line in lines]
+    return [_row(f"{path}:{k}", line) for k, line in lines]
+
+
+def _row(where: str, line: str) -> tuple[str, int | None]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--prompts {where}: not JSON") from error
+    if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and set(row) <= {"prompt", "seed"}):
+        raise UsageError(f'--prompts {where}: a line is {{"prompt": text, "seed": whole number}}, the seed may be left out')
+    seed = row.get("seed")
+    return row["prompt"], None if seed is None else strict.coerce(seed, int, f"--prompts {where}: seed")
