@@ -123,7 +123,10 @@ def test_a_cuda_device_that_is_not_there_is_the_machines_fault(run) -> None:  # 
     assert err.startswith("error: --device 'cuda:99': this machine has ")
 
 
-@pytest.mark.parametrize("flags", [["--version"], ["--help"], ["--list"], ["--list", "samplers"], ["--show", "none.png"], ["-p", "x", "--steps", "0"]])
+LIGHT = ["--version", "--help", "--list", "--list samplers", "--show none.png", "-p x --steps 0", "-p x --guide cgf"]
+
+
+@pytest.mark.parametrize("flags", [f.split() for f in LIGHT], ids=LIGHT)
 def test_no_torch_before_it_is_needed(flags: list[str]) -> None:
     code = (
         "import sys\nfrom ldm_pipe.cli import main\n"

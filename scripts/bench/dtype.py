@@ -42,7 +42,7 @@ def main() -> None:
     print(f"bf16 in hardware: {cpu_has_bf16()}; {torch.get_num_threads()} threads")
     for widths, side in WIDTHS.items():
         times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-        nets = {dtype: network(widths).to(dtype) for dtype in times}
+        nets = {dtype: torch.nn.Module.to(network(widths), dtype=dtype) for dtype in times}
         for _ in range(ROUNDS + 1):
             for dtype, net in nets.items():
                 x, tokens = torch.randn(2, 4, side, side, dtype=dtype), torch.randn(2, 24, 192, dtype=dtype)
