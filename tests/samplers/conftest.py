@@ -42,7 +42,7 @@ def order(prior: Gaussian, noise: Noise) -> Callable[[Sampler], float]:
         exact = prior.flow(x, levels[0], levels[-1])
         return float((sample(prior, x, levels, sampler, noise) - exact).abs().max())
 
-    return lambda sampler: math.log2(error(sampler, 128) / error(sampler, 256))
+    return lambda sampler: math.log2(error(sampler, 40) / error(sampler, 80))
 
 
 @pytest.fixture

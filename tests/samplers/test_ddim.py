@@ -83,7 +83,7 @@ def test_starts_from_noise_of_scale_one_on_the_circle(noise: Noise) -> None:
 
 
 def test_first_order(order: Callable[[DDIM], float]) -> None:
-    assert order(DDIM()) == pytest.approx(1, abs=0.15)
+    assert order(DDIM()) == pytest.approx(1, abs=0.1)
 
 
 def test_eta_one_is_ddpm_with_the_small_variance(prior: Gaussian, noise: Noise, close: Close) -> None:

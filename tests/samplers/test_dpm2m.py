@@ -51,7 +51,7 @@ def test_equals_diffusers_on_the_flow_path(prior: Gaussian, noise: Noise, close:
 
 
 def test_second_order(order: Callable[[DPM2M], float]) -> None:
-    assert order(DPM2M()) == pytest.approx(2, abs=0.2)
+    assert order(DPM2M()) == pytest.approx(2, abs=0.1)
 
 
 @pytest.mark.parametrize("first", [Level(0.0, 1.0), Level(0.1, 0.9)])

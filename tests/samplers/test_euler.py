@@ -60,7 +60,7 @@ def test_equals_flow_matchings_scheduler(prior: Gaussian, noise: Noise, close: C
 
 
 def test_first_order(order: Callable[[Euler], float]) -> None:
-    assert order(Euler()) == pytest.approx(1, abs=0.15)
+    assert order(Euler()) == pytest.approx(1, abs=0.1)
 
 
 def test_a_step_is_ddims_with_eta_zero(prior: Gaussian, noise: Noise) -> None:

@@ -60,7 +60,7 @@ def test_x0_is_the_exponential_integrator_of_the_mean_x0(prior: Gaussian, noise:
 
 @pytest.mark.parametrize("average", ["ve", "flow", "x0"])
 def test_second_order(order: Callable[[Heun], float], average: Any) -> None:
-    assert order(Heun(average)) == pytest.approx(2, abs=0.2)
+    assert order(Heun(average)) == pytest.approx(2, abs=0.1)
 
 
 def test_ve_cannot_leave_pure_noise(prior: Gaussian, noise: Noise) -> None:

@@ -69,6 +69,15 @@ def test_the_untrained_network_starts_at_zero(stages: Path) -> None:
     assert loss.item() == pytest.approx((batch["noise"] - batch["x0"]).square().mean().item(), rel=1e-5)
 
 
+def test_training_goes_on_from_an_exported_model(stages: Path) -> None:
+    from dataclasses import replace
+
+    folder = stages / "model" / "export"
+    net = replace(latent(stages), start=str(folder)).net()
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weights[n], t) for n, t in net.model.network.unet.state_dict().items())
+
+
 def test_a_batch_is_a_pure_function_of_its_ids(stages: Path) -> None:
     task = latent(stages)
     whole, part = task.batch(3, range(8)), task.batch(3, range(4, 8))

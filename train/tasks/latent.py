@@ -38,7 +38,8 @@ class Latent:
     channels, attention: of each resolution, from the latents' own down by factors of two; heads: of every attention.
     codec, text: exports of the stages before. scenes: how many are cached; each visit draws one of its captions anew.
     dropout: share of captions left empty. mean, deviation: of the logit-normal level distribution.
-    train_text: train the text encoder jointly (False: keep the contrastive one frozen).
+    train_text: train the text encoder jointly (False: keep the contrastive one frozen). start: a model folder whose U-Net and
+    text encoder are trained on, on the same codec ("": a fresh U-Net and the contrastive text encoder).
     """
 
     codec: str
@@ -52,16 +53,27 @@ class Latent:
     mean: float = 0.0
     deviation: float = 1.0
     train_text: bool = True
+    start: str = ""
 
     def net(self) -> nn.Module:
         """The trainable pair of U-Net and text encoder."""
+        from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel
 
-        text = CLIPTextModel.from_pretrained(Path(self.text) / "text_encoder")
+        text = CLIPTextModel.from_pretrained(Path(self.start or self.text) / "text_encoder", dtype=torch.float32)
         text.requires_grad_(self.train_text)
-        latents = self._cache()
+        if self.start:
+            unet = UNet2DConditionModel.from_pretrained(Path(self.start) / "unet", torch_dtype=torch.float32)
+        else:
+            unet = self._fresh(text.config.hidden_size)
+        set_backend(unet, "math")
+        return LatentLoss(unet, text, LogitNormal(self.mean, self.deviation))
+
+    def _fresh(self, width: int) -> Any:
+        """A U-Net for these latents and for text features of this width, its output zero."""
         from diffusers import UNet2DConditionModel
 
+        latents = self._cache()
         kinds = ["CrossAttn" if a else "" for a in self.attention]
         unet = UNet2DConditionModel(
             sample_size=latents.shape[-1],
@@ -71,16 +83,15 @@ class Latent:
             block_out_channels=self.channels,
             down_block_types=tuple(f"{k}DownBlock2D" for k in kinds),
             up_block_types=tuple(f"{k}UpBlock2D" for k in reversed(kinds)),
-            cross_attention_dim=text.config.hidden_size,
+            cross_attention_dim=width,
             attention_head_dim=self.heads,  # diffusers' name for the number of heads
             resnet_time_scale_shift="scale_shift",
             addition_embed_type="text",  # the prompt also scales every block, not only through cross-attention
             addition_embed_type_num_heads=4,
         )
-        set_backend(unet, "math")
         nn.init.zeros_(unet.conv_out.weight)  # a zero output is the best guess before anything is known
         nn.init.zeros_(unet.conv_out.bias)
-        return LatentLoss(unet, text, LogitNormal(self.mean, self.deviation))
+        return unet
 
     def _cache(self) -> LatentCache:
         return _cache(self.codec, self.scenes)

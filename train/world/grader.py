@@ -29,7 +29,7 @@ FAR = 40.0  # RGB distance at which a background is none of the palette (its clo
 ERROR, DOUBTFUL = 0.12, 0.0175
 FLOOR = 3 * 20.0**2  # energy per pixel added to a sprite's own: pale sprites on a pale ground drown in codec noise
 LEFT, AREA = 28.0, 12  # what counts as left over: RMS over the channels, and pixels
-FAINT = 13.0  # RMS from which a patch may be a pale sprite (the palest, a pretzel on orange, has 14)
+FAINT, PALE = 10.0, 0.25  # RMS from which a patch may be a pale sprite, and the most of its energy that noise may be
 MOST, BRANCHES, TOP = 4, 3, 8  # objects per picture; places tried per object; names refined per place
 
 Array = np.ndarray
@@ -188,8 +188,8 @@ def _fit(field: Array, ground: Array, key: tuple[str, int], at: tuple[int, int],
     h, w = sprite(*key).shape[:2]
     # An odd side sits half a pixel before the middle of its even canvas.
     found = Found(key[0], at[1] - (w % 2) / 2, at[0] - (h % 2) / 2, float(key[1]), min(1.0, error))
-    accepted = error < ERROR and error * doubt < DOUBTFUL and energy > 3 * FAINT**2 * area
-    return _Fit(found, drawn, alpha, accepted)
+    visible = energy > 3 * FAINT**2 * area and left < PALE * energy
+    return _Fit(found, drawn, alpha, visible and error < ERROR and error * doubt < DOUBTFUL)
 
 
 def _leftover(field: Array, fits: list[_Fit], level: float = LEFT) -> tuple[Array, int]:
