@@ -95,14 +95,3 @@ def test_eta_one_is_ddpm_with_the_small_variance(prior: Gaussian, noise: Noise, 
     )
     for a, b in pairs:
         close(a.x, b.x, 1e-12)
-
-
-def test_eta_zero_draws_nothing(prior: Gaussian, noise: Noise) -> None:
-    class Refuses:
-        def at(self, index: int) -> Any:
-            def draw(tag: str = "step") -> Tensor:
-                raise AssertionError("drew noise")
-
-            return draw
-
-    sample(prior, noise.start(), levels.leading(VP.linear(), 5), DDIM(0.0), Refuses())

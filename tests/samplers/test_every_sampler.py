@@ -32,6 +32,7 @@ from ldm_pipe import (
 )
 from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.model import Estimate, guided
+from ldm_pipe.noise import StepNoise
 from ldm_pipe.walk import Sampler
 
 Close = Callable[[Tensor, Tensor, float], None]
@@ -176,3 +177,21 @@ def test_a_perfect_network_of_a_point_is_reached_in_one_step(noise: Noise, sampl
         denoise = Model(point.network(VP.linear().zero_terminal(), prediction), VP.linear().zero_terminal(), prediction)
         end = sample(with_variance(denoise.bind(Cond())), noise.start(), walk, sampler, noise)
         assert torch.allclose(end, target.expand_as(end), atol=1e-9)
+
+
+class Forbidden:
+    """Noise that must not be drawn."""
+
+    def at(self, index: int) -> StepNoise:
+        def draw(tag: str = "step") -> Tensor:
+            raise AssertionError("drew noise")
+
+        return draw
+
+
+@every
+def test_nothing_is_drawn_that_is_not_used(prior: Gaussian, noise: Noise, sampler: Sampler) -> None:
+    """No noise in a step into clean, none at all where eta is 0."""
+    walk = levels.leading(VP.scaled_linear(), 4)
+    for part in [walk[-2:]] + [walk] * (getattr(sampler, "eta", None) == 0):
+        assert torch.isfinite(sample(with_variance(prior), noise.start(), part, sampler, Forbidden())).all()
