@@ -12,7 +12,7 @@ from ldm_pipe.analysis.interval import wilson
 def test_its_ends_are_rejected_just_so(right: int, tried: int) -> None:
     observed = right / tried
     for end in wilson(right, tried):
-        if 0 < end < 1:
+        if 1e-9 < end < 1 - 1e-9:
             assert abs(observed - end) == pytest.approx(1.96 * (end * (1 - end) / tried) ** 0.5, abs=1e-9)
     low, high = wilson(right, tried)
     assert low <= observed + 1e-12
