@@ -166,4 +166,4 @@ def test_the_end_of_every_spacing_is_clean(tiny: Tiny) -> None:
     for name in ("leading", "trailing", "linspace", "quadratic", "karras", "flow"):
         walk = build("spacing", name)(path, 7)
         assert walk[-1] == CLEAN
-        assert len(walk) == 8
+        assert 6 <= len(walk) <= 8  # times that meet in one (small squares, shifts beyond the table) are kept once

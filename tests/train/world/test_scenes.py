@@ -73,10 +73,10 @@ def test_captions_name_all_and_only_what_is_there() -> None:
         for text in captions(scene):
             assert scene.colour in text.split()
             if scene.kind == "two":
-                a, b = (text.index(f" {n} ") if f" {n} " in f"{text} " else -1 for n in scene.names)
-                assert a >= 0 <= b
-                said = scene.relation if a < b else OPPOSITE[scene.relation]
-                assert said.split()[0] in text[min(a, b) : max(a, b)]
+                said = text.split()
+                a, b = (said.index(n) for n in scene.names)
+                relation = scene.relation if a < b else OPPOSITE[scene.relation]
+                assert relation.split()[0] in said[min(a, b) : max(a, b)]
             if scene.kind == "count":
                 assert ["two", "three"][len(scene.placed) - 2] in text.split()
 
@@ -99,4 +99,6 @@ def test_sprites_are_cut_whole(tmp_path: Path) -> None:
         s = sprite(name, 40)
         assert max(s.shape[:2]) == 40
         assert s[..., 3].max() > 0.9
-        assert (s[..., :3] <= 255 * s[..., 3:] + 6).all()  # premultiplied, up to the resampling's ringing
+        over = s[..., :3] - 255 * s[..., 3:]
+        assert over.max() < 40  # premultiplied, up to the resampling's ringing
+        assert over.clip(0).mean() < 0.5
