@@ -96,7 +96,8 @@ def _is_ready(value: Any, hint: Any) -> bool:
     if not isinstance(hint, type) or hint in (bool, int, float, str):
         return False
     if getattr(hint, "_is_protocol", False):
-        return dataclasses.is_dataclass(value)
+        asked = (n for n in vars(hint) if n == "__call__" or not n.startswith("_"))
+        return dataclasses.is_dataclass(value) and all(hasattr(value, n) for n in asked)
     return isinstance(value, hint)
 
 

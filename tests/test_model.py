@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,14 +110,14 @@ def test_training_levels_are_tensors(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
 def test_the_network_runs_in_its_dtype_and_the_state_in_its_own(dtype: torch.dtype | None) -> None:
-    for state in (torch.float32, torch.float64):
+    for state, prediction in itertools.product((torch.float32, torch.float64), PREDICTIONS.values()):
 
         def network(x: Tensor, time: Tensor, cond: Cond, state: torch.dtype = state) -> Tensor:
             assert x.dtype == (dtype or state)
             assert time.dtype == torch.float32
             return x
 
-        found = Model(network, Flow(), FLOW, dtype)(X.to(state), Level(0.5, 0.5), Cond())
+        found = Model(network, Flow(), prediction, dtype)(X.to(state), Level(0.5, 0.5), Cond())
         assert found.x0.dtype == found.noise.dtype == state
 
 

@@ -42,6 +42,9 @@ def test_both_ends() -> None:
     clean = PRIOR(X, Level(2.0, 0.0))
     assert torch.allclose(clean.x0, X / 2)
     assert torch.equal(clean.noise, torch.zeros_like(X))
+    point = Gaussian.isotropic(PRIOR.mean, 0.0)(X, Level(2.0, 0.0))  # a covariance that has no inverse
+    assert torch.allclose(point.x0, X / 2)
+    assert torch.equal(point.noise, torch.zeros_like(X))
 
 
 def test_keeps_the_dtype_of_x() -> None:
