@@ -71,7 +71,8 @@ def flow(path: Path, steps: int, shift: float = 3.0, base: str = "linspace") -> 
     """Another spacing with sigma / alpha multiplied by `shift` at every level: u' = k u / (1 + (k - 1) u).
 
     Scaling Rectified Flow Transformers, Esser et al. 2024, arXiv 2403.03206, eq. 23. shift 1 is the base spacing.
-    base: "linspace" (Stable Diffusion 3) or "trailing" (Flux).
+    base: "linspace" (times 1 to a thousandth; diffusers shifts the last of them a second time for Stable Diffusion 3) or
+    "trailing" (Flux).
     """
     if base not in ("linspace", "trailing"):
         raise UsageError(f"flow: base is {base!r}; choose from linspace, trailing")

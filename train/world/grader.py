@@ -23,13 +23,14 @@ from train.world.sprites import objects, sprite
 BLUR_TEMPLATE, BLUR_IMAGE, PAD = 1.3, 1.0, 4
 SIZES = tuple(dict.fromkeys(round(18 * 1.1**k) for k in range(11)))
 MISFIT = 1.0  # weight of unexplained energy under a sprite, beside the energy it explains
-FAR = 40.0  # RGB distance at which a background is none of the palette (its closest two colours are 92 apart)
+FAR = 40.0  # RGB distance at which a background is none of the palette (its closest two, blue and teal, are 81 apart)
 # A sprite is rejected for its error, or for error times doubt (how close the next name comes, 1 is level). Scenes through
 # the codec stay below 0.01 in the product, at JPEG quality 40 below 0.0175; even blends of two sprites begin at 0.02.
 ERROR, DOUBTFUL = 0.12, 0.0175
 FLOOR = 3 * 20.0**2  # energy per pixel added to a sprite's own: pale sprites on a pale ground drown in codec noise
 LEFT, AREA = 28.0, 12  # what counts as left over: RMS over the channels, and pixels
 FAINT, PALE = 10.0, 0.25  # RMS from which a patch may be a pale sprite, and the most of its energy that noise may be
+APART = 8.0  # pixels between the middles of two objects that stand in a relation (in scenes at least 20)
 MOST, BRANCHES, TOP = 4, 3, 8  # objects per picture; places tried per object; names refined per place
 
 Array = np.ndarray
@@ -251,8 +252,10 @@ def read(image: np.ndarray) -> Reading:
 
 
 def _relation(a: Found, b: Found) -> str:
-    """Where a stands to b, along the axis on which they are further apart."""
+    """Where a stands to b, along the axis on which they are further apart; nowhere where they nearly coincide."""
     dx, dy = a.x - b.x, a.y - b.y
+    if max(abs(dx), abs(dy)) < APART:
+        return ""
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"

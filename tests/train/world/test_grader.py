@@ -158,3 +158,9 @@ def test_relation_is_that_of_the_greater_distance() -> None:
 def test_other_arrays_are_refused(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="uint8"):
         read(image)
+
+
+def test_objects_in_one_place_stand_in_no_relation() -> None:
+    scene = draw_scene(np.random.default_rng(3), "two", "any")
+    near = tuple(Found(name, 30 + k, 30, 25, 0.01) for k, name in enumerate(scene.names))
+    assert not holds(Reading(scene.colour, near), scene)
