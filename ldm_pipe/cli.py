@@ -197,16 +197,17 @@ def _show(path: str) -> int:
 def _replay(request: Request) -> int:
     """Make an image again from its file; exit 1 where --verify finds a difference."""
     found = recipe.read(str(request.replay))
+    if request.model == "builtin" != found.model:  # a file may not choose which folder is loaded
+        raise UsageError(f"{request.replay!r} was made by the model {found.model!r:.60}; give its folder with --model")
     target = Target.of(request.output, 1, request.force)
     from PIL import Image
 
     from ldm_pipe import replay
     from ldm_pipe.pipeline import Pipeline
 
-    source = request.model if request.model != "builtin" else found.model
     dtypes = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     dtype = dtypes.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
-    pipe = Pipeline.from_pretrained(source, request.device, dtype)
+    pipe = Pipeline.from_pretrained(request.model, request.device, dtype)
     out = replay.again(found, pipe)
     if not request.verify:
         print(*_write(out, pipe, target), sep="\n")

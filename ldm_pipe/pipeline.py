@@ -200,8 +200,6 @@ class Pipeline:
         return self.bundle.codec.decode(latents)
 
 
-
-
 def _rows(prompts: Sequence[str], given: Settings) -> list[tuple[str, int]]:
     """(prompt, seed) of every image of a run with resolved settings."""
     first = given.seeds or (given.seed or 0,) * len(prompts)

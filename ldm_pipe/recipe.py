@@ -53,6 +53,10 @@ class Recipe:
     versions: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        if not (1 <= self.batch <= 4096 and 0 <= self.row < self.batch):
+            raise UsageError(f"a recipe has 1 to 4096 images in its batch and a row in it, got {self.batch} and {self.row}")
+
     def differences(self, other: Recipe) -> list[str]:
         """The recorded facts of the machine and the software in which two recipes differ, as "name: ours -> theirs"."""
         found = []

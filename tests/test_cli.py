@@ -123,6 +123,18 @@ def test_a_cuda_device_that_is_not_there_is_the_machines_fault(run) -> None:  # 
     assert err.startswith("error: --device 'cuda:99': this machine has ")
 
 
+HUGE = '{"format": 1, "prompt": "x", "seed": 1, "batch": 1000000000}'
+
+
+def test_a_file_does_not_choose_the_model(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ldm_pipe import recipe
+
+    made = recipe.Recipe("x", 1, model=str(tiny("eps")))
+    (tmp_path / "x.png").write_bytes(recipe.png(Image.new("RGB", (2, 2)), made))
+    assert main(["--replay", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
+    assert "give its folder with --model" in capsys.readouterr().err
+
+
 LIGHT = ["--version", "--help", "--list", "--list samplers", "--show none.png", "-p x --steps 0", "-p x --guide cgf"]
 
 
@@ -206,6 +218,7 @@ def test_json_is_one_object(run) -> None:  # type: ignore[no-untyped-def]
         (["--replay", "there/plain.png"], "holds no recipe"),
         (["--show", "there/wrong.png"], "did you mean 'seed'"),
         (["--show", "there/newer.png"], "this version reads 1"),
+        (["--show", "there/huge.png"], "1 to 4096 images"),
     ],
     ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "",
 )
@@ -215,7 +228,7 @@ def test_more_mistakes_are_one_line(run, tmp_path: Path, flags: list[str], words
     there = tmp_path / "there"
     there.mkdir()
     (there / "fox.png").write_bytes(b"no picture")
-    for name, text in {"wrong": '{"format": 1, "sead": 1}', "newer": '{"format": 2}', "plain": None}.items():
+    for name, text in {"wrong": '{"format": 1, "sead": 1}', "newer": '{"format": 2}', "huge": HUGE, "plain": None}.items():
         info = PngInfo()
         if text:
             info.add_itxt("ldm_pipe", text)
