@@ -43,7 +43,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     "'dim' is not a sampler; did you mean 'ddim'? Choose from ddim, euler"
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f" did you mean {near[0]!r}? Choose" if near else " choose"
     an = "an" if kind[0] in "aeiou" else "a"
     return f"{name!r} is not {an} {kind};{hint} from {', '.join(known) or 'nothing: none are registered'}"

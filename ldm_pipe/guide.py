@@ -45,6 +45,9 @@ def _call(part: str, text: str) -> tuple[str, dict[str, Any]]:
     if len(node.args) > len(names):
         raise UsageError(f"--guide: {name} takes {len(names)} value(s) ({', '.join(names)}), got {len(node.args)}")
     given = [*zip(names, node.args, strict=False), *((k.arg, k.value) for k in node.keywords)]
+    fields = [field for field, _ in given]
+    if len(set(fields)) < len(fields):
+        raise UsageError(f"--guide: a field of {name} stands twice in {text[:80]!r}")
     return name, {str(field): _literal(value, name, str(field)) for field, value in given}
 
 

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldm_pipe import image, registry
+from ldm_pipe import image, memory
 from ldm_pipe.cond import Cond
 from ldm_pipe.device import pick_device, pick_dtype
-from ldm_pipe.errors import NumericalError, UsageError
-from ldm_pipe.guidance.cfg import CFG
-from ldm_pipe.guide import parse
+from ldm_pipe.errors import EnvironmentFault, NumericalError
 from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import Rule, guided
-from ldm_pipe.noise import Noise, seeds_of
+from ldm_pipe.noise import Noise
+from ldm_pipe.plan import Plan, plan, resolve
 from ldm_pipe.settings import Settings
-from ldm_pipe.walk import Sampler, Step, trajectory
+from ldm_pipe.walk import Step, trajectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 WIDE = 256  # channels from which bf16 gains on a CPU (x1.3; x2.1 at 1280): scripts/bench/dtype.py
+PROBE = 16  # latent pixels of the small run from which a large one's memory is forecast
 
 
 @dataclass(frozen=True)
 class Output:
     """What a call returns: one entry per image, prompts in order, each prompt's images together.
 
-    latents: [N,C,h,w]. evaluations: how many images the network saw, per branch. notices: sentences for the user.
+    latents: [N,C,h,w]. places: (size of the batch an image was computed in, its row there). evaluations: how many images the
+    network saw, per branch. notices: sentences for the user.
     """
 
     images: list[Image]
@@ -44,19 +44,7 @@ class Output:
     settings: Settings
     evaluations: Counter[str]
     notices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One batch of a run, all decisions taken: who is drawn, along which levels, by which sampler and rule."""
-
-    prompts: tuple[str, ...]
-    negative: str
-    seeds: tuple[int, ...]
-    levels: tuple[Level, ...]
-    sampler: Sampler
-    rule: Rule
-    shape: tuple[int, int, int]
+    places: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +98,7 @@ class Pipeline:
             parts[0].settings,
             sum((part.evaluations for part in parts), Counter()),
             tuple(dict.fromkeys(n for part in parts for n in part.notices)),
+            tuple(place for part in parts for place in part.places),
         )
 
     def batches(
@@ -119,93 +108,102 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
         **settings: Any,
     ) -> Iterator[Output]:
-        """The same, batch by batch as they are finished; each Output holds the images of one batch."""
+        """The same, batch by batch as they are finished; each Output holds the images of one batch.
+
+        Where memory runs out, batches become smaller (the images stay the same), then EnvironmentFault says which size fits.
+        """
         given = self.resolve(Settings(**settings))
-        for plan in self.plans((prompt,) if isinstance(prompt, str) else tuple(prompt), given, rule):
-            evaluations, x = Counter[str](), None
-            for step in self._walk(plan, evaluations):
-                x = step.x
-                if on_step:
-                    on_step(step)
-            assert x is not None
-            images = image.to_pil(_finite(self.decode(x), "the decoder's image holds"))
-            notices = tuple(n for p in dict.fromkeys(plan.prompts) for n in self.bundle.text.notices(p))
-            yield Output(images, x, plan.seeds, plan.prompts, given, evaluations, notices)
+        whole = plan(self.bundle, (prompt,) if isinstance(prompt, str) else tuple(prompt), given, rule)
+        size, notes = self._room(whole, given.batch_size), list[str]()
+        first = 0
+        while first < len(whole.rows):
+            out, part = None, whole.batch(first, size)
+            with memory.forgiven():
+                out = self._finish(part, given, on_step, notes)
+            if out is None and len(part.rows) == 1:
+                factor, (height, width) = self.bundle.codec.factor, part.shape[1:]
+                near = memory.side_that_fits(2.0, height * width * factor**2, factor)
+                raise EnvironmentFault(f"{given.width}x{given.height} pixels do not fit into memory; try {near}x{near}")
+            if out is None:
+                size = -(-len(part.rows) // 2)
+                notes.append(f"memory ran out; {size} image(s) are computed at a time")
+                continue
+            first += len(part.rows)
+            yield out
 
     def steps(self, prompt: str, rule: Rule | None = None, **settings: Any) -> Iterator[Step]:
         """The trajectory of one prompt's first batch, step by step (previews: `pipe.decode(step.estimate.x0)`)."""
         given = self.resolve(Settings(**settings))
-        yield from self._walk(next(self.plans((prompt,), given, rule)), Counter())
+        yield from self._walk(plan(self.bundle, (prompt,), given, rule).batch(0, given.batch_size), Counter())
 
     def resolve(self, settings: Settings) -> Settings:
         """The settings with every None decided: the model's defaults, a drawn seed."""
-        d, codec = self.bundle.defaults, self.bundle.codec
-        height, width = settings.height or d.size[1], settings.width or d.size[0]
-        for name, value in (("height", height), ("width", width)):
-            if value % codec.factor:
-                near = max(codec.factor, round(value / codec.factor) * codec.factor)
-                raise UsageError(f"{name} is {value}; it takes a multiple of {codec.factor}, such as {near}")
-        seed = settings.seed if settings.seed is not None else secrets.randbelow(2**32)
-        seeds_of(seed, settings.num_images)
-        return replace(
-            settings,
-            seed=seed,
-            height=height,
-            width=width,
-            steps=settings.steps or d.steps,
-            guidance_scale=float(d.guidance_scale if settings.guidance_scale is None else settings.guidance_scale),
-            sampler=settings.sampler or d.sampler,
-            spacing=settings.spacing or d.spacing,
-        )
+        return resolve(self.bundle, settings)
 
-    def plans(self, prompts: Sequence[str], given: Settings, rule: Rule | None = None) -> Iterator[Plan]:
-        """The batches of a run with resolved settings."""
-        if not prompts or not all(isinstance(p, str) for p in prompts):
-            raise UsageError(f"prompt takes one text or several, got {prompts!r:.60}")
-        codec = self.bundle.codec
-        assert given.sampler
-        assert given.spacing
-        assert given.height
-        assert given.width
-        sampler = registry.build("sampler", given.sampler, **given.sampler_set)
-        levels = registry.build("spacing", given.spacing, **given.spacing_set)(self.bundle.model.path, given.steps)
-        shape = (codec.channels, given.height // codec.factor, given.width // codec.factor)
-        if rule is None:
-            rule = parse(given.guide) if given.guide else CFG(float(given.guidance_scale or 0.0))
-        rows = _rows(prompts, given)
-        for first in range(0, len(rows), given.batch_size):
-            texts, seeds = zip(*rows[first : first + given.batch_size], strict=True)
-            yield Plan(texts, given.negative_prompt, seeds, tuple(levels), sampler, rule, shape)
+    def forecast(self, height: int, width: int, images: int = 1) -> int:
+        """About how many bytes a step needs for images of this size in pixels under guidance (measured on a small one)."""
+        model, codec = self.bundle.model, self.bundle.codec
+        x = torch.zeros(1, codec.channels, PROBE, PROBE, device=self.device)
+        peak = memory.peak(model, lambda: model(x, Level(0.5, 0.5), self.bundle.text([""])))
+        return int(2 * images * peak * (height * width) / (PROBE * codec.factor) ** 2)
 
-    def _walk(self, plan: Plan, evaluations: Counter[str]) -> Iterator[Step]:
-        noise = Noise(plan.seeds, plan.shape, self.device)
-        x = plan.sampler.start(noise.start(), plan.levels[0])
-        branches = self.bundle.model.branches(**self._conds(plan))
-        for step in trajectory(guided(branches, plan.rule), x, plan.levels, plan.sampler, noise):
-            where = f"at step {step.number + 1} of {len(plan.levels) - 1}"
+    def _room(self, whole: Plan, size: int) -> int:
+        """How many images at a time fit by the forecast, `size` at most. A run no larger than usual is not asked."""
+        factor, (height, width) = self.bundle.codec.factor, whole.shape[1:]
+        usual = 16 * self.bundle.defaults.size[0] * self.bundle.defaults.size[1]
+        size = min(size, len(whole.rows))
+        if size * height * width * factor**2 <= usual:
+            return size
+        room = memory.free(self.device)
+        one = self.forecast(height * factor, width * factor)
+        if one > room:
+            near = memory.side_that_fits(one / (height * width * factor**2), room, factor)
+            needed = f"{width * factor}x{height * factor} pixels need about {one / 2**30:.1f} GiB of memory"
+            raise EnvironmentFault(f"{needed} and {room / 2**30:.1f} are free; --width {near} --height {near} fits")
+        return min(size, room // max(1, one))
+
+    def _finish(self, part: Plan, given: Settings, on_step: Callable[[Step], None] | None, notes: list[str]) -> Output:
+        """One batch from noise to pictures. `notes` collects what the user should know of the whole run."""
+        evaluations, x = Counter[str](), torch.empty(0)
+        for step in self._walk(part, evaluations):
+            x = step.x
+            if on_step:
+                on_step(step)
+        images = image.to_pil(self._decoded(x, notes))
+        heard = [n for p in dict.fromkeys(part.prompts) for n in self.bundle.text.notices(p)]
+        count = len(images)
+        places = tuple((count, row) for row in range(count))
+        return Output(images, x, part.seeds, part.prompts, given, evaluations, tuple(dict.fromkeys([*heard, *notes])), places)
+
+    def _decoded(self, latents: Tensor, notes: list[str]) -> Tensor:
+        """Finite images of latents; a decoder that overflows in fp16 is asked again in fp32."""
+        images = memory.decode(self.bundle.codec, latents, notes.append)
+        if self.dtype == torch.float16 and not bool(torch.isfinite(images).all()):
+            notes.append("the decoder overflowed in fp16 and was run again in fp32")
+            images = memory.decode(self.bundle.codec.to(latents.device, torch.float32), latents, notes.append)
+        return _finite(images, "the decoder's image holds")
+
+    def _walk(self, part: Plan, evaluations: Counter[str]) -> Iterator[Step]:
+        noise = Noise(part.seeds, part.shape, self.device)
+        x = part.sampler.start(noise.start(), part.levels[0])
+        branches = self.bundle.model.branches(**self._conds(part))
+        for step in trajectory(guided(branches, part.rule), x, part.levels, part.sampler, noise):
+            where = f"at step {step.number + 1} of {len(part.levels) - 1}"
             _finite(step.estimate.x0, f"the network's estimate {where} holds")
             _finite(step.x, f"the latents {where} hold")
             yield step
         evaluations.update(branches.evaluations)
 
-    def _conds(self, plan: Plan) -> dict[str, Cond]:
+    def _conds(self, part: Plan) -> dict[str, Cond]:
         """The two usual branches, from one call of the text encoder."""
-        both = self.bundle.text([*plan.prompts, *[plan.negative] * len(plan.prompts)])
-        half = len(plan.prompts)
+        both = self.bundle.text([*part.prompts, *[part.negative] * len(part.prompts)])
+        half = len(part.prompts)
         return {"cond": both.take(slice(0, half)), "uncond": both.take(slice(half, None))}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B,3,H,W] in about -1..1 of latents [B,C,h,w]."""
         return self.bundle.codec.decode(latents)
-
-
-def _rows(prompts: Sequence[str], given: Settings) -> list[tuple[str, int]]:
-    """(prompt, seed) of every image of a run with resolved settings."""
-    first = given.seeds or (given.seed or 0,) * len(prompts)
-    if len(first) != len(prompts):
-        raise UsageError(f"seeds holds {len(first)} for {len(prompts)} prompt(s); it takes one for each")
-    return [(p, s) for p, f in zip(prompts, first, strict=True) for s in seeds_of(f, given.num_images)]
 
 
 def _finite(t: Tensor, stage: str) -> Tensor:

@@ -1,6 +1,8 @@
-"""The recipe of an image, inside the image: everything needed to make it again, as JSON in one iTXt key of the PNG.
+"""The recipe of an image, inside the image: everything needed to make it again, as JSON in one iTXt key of a PNG or in the
+EXIF description of a JPEG or WebP.
 
-Beside it stands the `parameters` text that other tools read. What is read back is untrusted: size-capped, built strictly.
+Beside it stands the text that other tools read (`parameters` in a PNG, the EXIF user comment elsewhere). What is read back is
+untrusted: size-capped, built strictly.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,13 @@ from ldm_pipe.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 KEY, FORMAT, LIMIT = "ldm_pipe", 1, 1_000_000
+FORMATS = ("PNG", "JPEG", "WEBP")
+WANTED = "it is not a PNG, JPEG or WebP file"
+DESCRIPTION, EXIF_IFD, USER_COMMENT = 0x010E, 0x8769, 0x9286
+EXIF_LIMIT = 55_000  # characters; an EXIF block of a JPEG ends at 64 kB
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,45 @@ def _short(value: Any) -> str:
     return str(value)[:12]
 
 
-def png(image: Image, recipe: Recipe | None) -> bytes:
-    """A PNG file, with its recipe."""
+def encode(image: Image, recipe: Recipe | None, format: str = "PNG") -> bytes:
+    """An image file ("PNG", lossless "WEBP" or "JPEG" of quality 95), with its recipe."""
+    out = io.BytesIO()
+    if format == "PNG":
+        image.save(out, format, pnginfo=_png_text(recipe))
+    else:
+        options = {"lossless": True} if format == "WEBP" else {"quality": 95, "subsampling": 0}
+        image.save(out, format, exif=_exif(recipe), **options)
+    return out.getvalue()
+
+
+def check_fits(prompts: Iterable[str], negative: str, format: str) -> None:
+    """Raises UsageError where a prompt is too long for the EXIF block of a JPEG, before anything is computed."""
+    if format == "JPEG" and max(len(json.dumps(p)) + 2 * len(p) for p in prompts) + len(json.dumps(negative)) * 3 > EXIF_LIMIT:
+        raise UsageError("--output: a prompt this long does not fit into a JPEG file with its recipe; give a .png name")
+
+
+def _json(recipe: Recipe) -> str:
+    return json.dumps(dataclasses.asdict(recipe), ensure_ascii=True, allow_nan=False)
+
+
+def _png_text(recipe: Recipe | None) -> PngInfo:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     if recipe is not None:
-        info.add_itxt(KEY, json.dumps(dataclasses.asdict(recipe), ensure_ascii=True, allow_nan=False))
+        info.add_itxt(KEY, _json(recipe))
         info.add_itxt("parameters", recipe.parameters().encode("utf-8", "replace").decode("utf-8").replace("\0", " "))
-    out = io.BytesIO()
-    image.save(out, "PNG", pnginfo=info)
-    return out.getvalue()
+    return info
+
+
+def _exif(recipe: Recipe | None) -> bytes:
+    from PIL import Image
+
+    exif = Image.Exif()
+    if recipe is not None:
+        exif[DESCRIPTION] = _json(recipe)
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + recipe.parameters().encode("utf-16-be", "replace")
+    return exif.tobytes()
 
 
 def read(path: str | os.PathLike[str]) -> Recipe:
@@ -113,17 +148,19 @@ def read(path: str | os.PathLike[str]) -> Recipe:
 def _text(path: str | os.PathLike[str]) -> str:
     from PIL import Image
 
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device would be waited for
+        raise UsageError(f"{str(path)!r} is not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a decompression bomb is a warning before it is an error
-            with Image.open(path, formats=["PNG"]) as image:
-                text = image.info.get(KEY)
+            with Image.open(path, formats=FORMATS) as image:
+                text = image.info.get(KEY) if image.format == "PNG" else image.getexif().get(DESCRIPTION)
     except OSError as error:
-        raise UsageError(f"{str(path)!r} cannot be read as a PNG file: {error.strerror or 'not of that format'}") from error
+        raise UsageError(f"{str(path)!r} cannot be read as an image: {error.strerror or WANTED}") from error
     except (ValueError, SyntaxError, Warning) as error:
-        raise UsageError(f"{str(path)!r} cannot be read as a PNG file: {str(error)[:80]}") from error
-    if not isinstance(text, str):
+        raise UsageError(f"{str(path)!r} cannot be read as an image: {str(error)[:80]}") from error
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
         raise UsageError(f"{str(path)!r} holds no recipe of ldm_pipe")
     if len(text) > LIMIT:
         raise UsageError(f"{str(path)!r}: its recipe is longer than {LIMIT} characters")
-    return str(text)
+    return text

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import __version__
-from ldm_pipe.recipe import Recipe
+from ldm_pipe.recipe import FORMATS, Recipe, encode
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ldm_pipe.pipeline import Output, Pipeline
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "pillow")
@@ -24,14 +24,13 @@ def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
     """The recipe of image number `index` of a call's output."""
     import torch
 
-    settings, count = out.settings, len(out.images)
-    first = index // settings.batch_size * settings.batch_size
+    settings, (batch, row) = out.settings, out.places[index]
     given = {n: getattr(settings, n) for n in SHARED if hasattr(settings, n)}
     cpu = pipe.device.type == "cpu"
     return Recipe(
         **given
         | {"prompt": out.prompts[index], "seed": out.seeds[index]}
-        | {"batch": min(settings.batch_size, count - first), "row": index - first}
+        | {"batch": batch, "row": row}
         | {"model": pipe.name, "digests": dict(pipe.bundle.digests), "dtype": str(pipe.dtype).removeprefix("torch.")}
         | {"device": platform.machine() if cpu else torch.cuda.get_device_name(pipe.device)}
         | {"threads": torch.get_num_threads() if cpu else 0, "versions": _versions()}
@@ -56,21 +55,28 @@ class Verdict:
         return f"not equal, the largest difference is {self.largest} of 255" + (changed or "; no recorded fact differs")
 
 
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The keywords of the pipeline that run a recipe again."""
+    names = ("negative_prompt", "steps", "guidance_scale", "guide", "sampler", "spacing", "sampler_set", "spacing_set")
+    given = {n: getattr(recipe, n) for n in (*names, "height", "width")}
+    return given | {"seeds": (recipe.seed,) * recipe.batch, "batch_size": recipe.batch}
+
+
 def again(recipe: Recipe, pipe: Pipeline) -> Output:
     """Run a recipe. The image is computed in a batch of the recorded size, at its place in it."""
-    names = {"negative_prompt", "steps", "guidance_scale", "guide", "sampler", "spacing", "sampler_set", "spacing_set"}
-    settings = {n: getattr(recipe, n) for n in (*names, "height", "width")}
-    seeds = (recipe.seed,) * recipe.batch
-    out = pipe([recipe.prompt] * recipe.batch, seeds=seeds, batch_size=recipe.batch, **settings)
+    out = pipe([recipe.prompt] * recipe.batch, **settings_of(recipe))
     row = slice(recipe.row, recipe.row + 1)
-    return dataclasses.replace(out, images=out.images[row], latents=out.latents[row], prompts=out.prompts[row], seeds=seeds[:1])
+    kept = {n: getattr(out, n)[row] for n in ("images", "latents", "prompts", "seeds", "places")}
+    return dataclasses.replace(out, **kept)
 
 
-def verify(original: Image, recipe: Recipe, out: Output, pipe: Pipeline) -> Verdict:
-    """Compare an image with its replay."""
+def verify(path: str | os.PathLike[str], recipe: Recipe, out: Output, pipe: Pipeline) -> Verdict:
+    """Compare an image file with its replay, which goes through the same file format first."""
     import numpy as np
+    from PIL import Image
 
-    before, after = (np.asarray(i.convert("RGB"), dtype=int) for i in (original, out.images[0]))
+    with Image.open(path, formats=FORMATS) as original:
+        copy = Image.open(io.BytesIO(encode(out.images[0], None, original.format or "PNG")))
+        before, after = (np.asarray(i.convert("RGB"), dtype=int) for i in (original, copy))
     largest = 255 if before.shape != after.shape else int(np.abs(before - after).max())
-    now = dataclasses.replace(recipe_of(out, pipe, 0), batch=recipe.batch, row=recipe.row)
-    return Verdict(largest, tuple(recipe.differences(now)))
+    return Verdict(largest, tuple(recipe.differences(recipe_of(out, pipe, 0))))

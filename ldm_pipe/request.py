@@ -59,7 +59,12 @@ class Request:
         path = flags.pop("config", None)
         below = strict.build(cls, _config(path), f"--config {path!r}") if path else cls()
         above = strict.build(cls, flags, "generate")
-        return cls(**{**vars(below), **{n: getattr(above, n) for n in flags}})
+        request = cls(**{**vars(below), **{n: getattr(above, n) for n in flags}})
+        if request.verify and request.replay is None:
+            raise UsageError("--verify goes with --replay IMAGE")
+        if request.replay is not None and (request.prompt or request.prompts):
+            raise UsageError("--replay takes no prompt: the image's own recipe has one")
+        return request
 
     def texts(self) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
         """The prompts, from --prompt ("-" is standard input) and --prompts, and the seeds that a .jsonl file gives them."""
@@ -69,6 +74,8 @@ class Request:
         if not rows:
             raise UsageError('--prompt is needed, such as --prompt "a fox on a blue background"')
         seeds = [s for _, s in rows if s is not None]
+        if seeds and self.seed is not None:
+            raise UsageError(f"--seed and the seeds in --prompts {self.prompts!r} exclude each other")
         if seeds and len(seeds) < len(rows):
             raise UsageError(f"--prompts {self.prompts!r}: give every prompt a seed, or none")
         return tuple(p for p, _ in rows), tuple(seeds) or None
@@ -88,7 +95,7 @@ class Request:
                 raise UsageError("--guide and --guidance-scale exclude each other; write the scale as cfg(5) in --guide")
             guide.calls(self.guide)
         for kind in ("sampler", "spacing"):
-            if found[kind]:
+            if found[kind] is not None:
                 _check_fields(kind, found[kind], found[f"{kind}_set"])
         return found
 
@@ -111,6 +118,8 @@ def _read(path: str, flag: str) -> str:
         raise UsageError(f"{flag} {path!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{flag} {path!r} is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:  # NUL or half a character
+        raise UsageError(f"{flag} {path!r} is not the name of a file") from error
 
 
 def _config(path: str) -> dict[str, Any]:
@@ -118,7 +127,11 @@ def _config(path: str) -> dict[str, Any]:
         found = tomllib.loads(_read(path, "--config"))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path!r} is not TOML: {error}") from error
-    found = {k.replace("-", "_"): v for k, v in found.items()}
+    names = [k.replace("-", "_") for k in found]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise UsageError(f"--config {path!r}: {twice[0]} stands twice, with - and with _")
+    found = dict(zip(names, found.values(), strict=True))
     if isinstance(found.get("prompt"), str):
         found["prompt"] = [found["prompt"]]
     return found

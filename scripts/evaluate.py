@@ -109,7 +109,7 @@ def sheet(pipe: Pipeline, folder: Path) -> None:
     rng = np.random.default_rng(2026)
     wanted = [draw_scene(rng, kind, "any") for kind in ("one", "two", "count", "two") * 16]
     out = pipe([captions(s)[0] for s in wanted], seeds=tuple(range(64)), batch_size=32)
-    files.write(folder / "samples.png", recipe.png(image.grid(out.images, 8).resize((8 * 98, 8 * 98)), None), replace=True)
+    files.write(folder / "samples.png", recipe.encode(image.grid(out.images, 8).resize((8 * 98, 8 * 98)), None), replace=True)
     verdicts = ["" if grade(np.asarray(i), s) else "  (graded wrong)" for i, s in zip(out.images, wanted, strict=True)]
     lines = [f"{k + 1:2} {p}{v}" for k, (p, v) in enumerate(zip(out.prompts, verdicts, strict=True))]
     files.write(folder / "samples.txt", ("\n".join(lines) + "\n").encode(), replace=True)

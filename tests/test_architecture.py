@@ -19,7 +19,8 @@ CORE = ("level", "path", "prediction", "cond", "model", "noise", "walk", "levels
 METHOD = 5
 RANKS = {
     "errors": 0, "level": 1, "strict": 1, "files": 1, "prediction": 2, "path": 2, "noise": 2, "cond": 2, "levels": 2,
-    "registry": 2, "model": 3, "walk": 4, "loading": 6, "pipeline": 7, "replay": 8, "request": 8, "cli": 9, "__main__": 10,
+    "registry": 2, "model": 3, "walk": 4, "blocks": 4, "tokens": 4, "weights": 4, "loading": 6, "memory": 6,
+    "plan": 7, "pipeline": 8, "replay": 9, "request": 9, "commands": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 SIBLINGS = {"ldm_pipe.guidance.cfg"}  # the rule that other rules wrap by default
 HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}

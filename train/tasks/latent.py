@@ -35,7 +35,8 @@ from train.world.scenes import caption
 class Latent:
     """Trains a U-Net, and its text encoder with it, on latents that are computed once.
 
-    channels, attention: of each resolution, from the latents' own down by factors of two; heads: of every attention.
+    channels, attention, layers: of each resolution, from the latents' own down by factors of two; a level of 0 layers only
+    folds its map into the next. heads: of every attention.
     codec, text: exports of the stages before. scenes: how many are cached; each visit draws one of its captions anew.
     dropout: share of captions left empty. mean, deviation: of the logit-normal level distribution.
     train_text: train the text encoder jointly (False: keep the contrastive one frozen). start: a model folder whose U-Net and
@@ -47,7 +48,7 @@ class Latent:
     scenes: int = 48_000
     channels: tuple[int, ...] = (64, 128, 256)
     attention: tuple[bool, ...] = (False, True, True)
-    layers: int = 1
+    layers: tuple[int, ...] = (1, 1, 1)
     heads: int = 4
     dropout: float = 0.1
     mean: float = 0.0

@@ -1,0 +1,181 @@
+"""What `generate` does once its flags are read: make images, make one again, show a recipe, list what there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_pipe import recipe, registry
+from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe.output import Target
+from ldm_pipe.request import Request
+from ldm_pipe.settings import Settings
+
+if TYPE_CHECKING:
+    from ldm_pipe.pipeline import Output, Pipeline
+    from ldm_pipe.walk import Step
+
+PLURALS = {f"{kind}s": kind for kind in registry.KINDS}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def run(request: Request) -> int:
+    """Do what is asked; the exit code."""
+    if request.list is not None:
+        return _list(request.list)
+    if request.show is not None:
+        print(json.dumps(dataclasses.asdict(recipe.read(request.show)), indent=1))
+        return 0
+    return _generate(request) if request.replay is None else _replay(request, request.replay)
+
+
+def _list(kind: str) -> int:
+    if kind == "words":
+        print("\n".join(_words()))
+        return 0
+    if kind not in ("all", *PLURALS):
+        raise UsageError("--list " + unknown("kind", kind, ["all", "words", *PLURALS]))
+    for plural in PLURALS if kind == "all" else (kind,):
+        print(f"{plural}:")
+        for entry in registry.entries(PLURALS[plural]):
+            fields = ", ".join(f"{n}={d}" for n, d in entry.fields)
+            print(f"  {entry.name:<10} {entry.summary}" + (f"\n{'':13}{fields}" if fields else ""))
+    return 0
+
+
+def _words() -> list[str]:
+    path = Path(__file__).resolve().parent / "builtin" / "ldm_pipe.json"
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["words"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"builtin/ldm_pipe.json cannot be read: {type(error).__name__}") from error
+
+
+def _generate(request: Request) -> int:
+    prompts, seeds = request.texts()
+    settings = request.settings(seeds)
+    target = Target.of(request.output, len(prompts) * request.num_images + request.grid, request.force)
+    recipe.check_fits(prompts, request.negative_prompt, target.format)
+    started = time.perf_counter()
+    from ldm_pipe import image
+    from ldm_pipe.device import pick_device, pick_dtype
+    from ldm_pipe.pipeline import Pipeline
+
+    say = Notes(request.quiet)
+    say(pick_dtype(request.dtype, pick_device(request.device))[1])
+    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
+    for prompt in prompts:
+        say(*pipe.bundle.text.notices(prompt))
+    bar = _progress(pipe, prompts, settings) if sys.stderr.isatty() and not request.quiet else None
+    done: list[Output] = []
+    paths: list[Path] = []
+    for out in pipe.batches(prompts, on_step=bar, **settings):
+        say(*out.notices)
+        paths += _write(out, pipe, target, len(paths))
+        done.append(out)
+        if not request.json:
+            print(*paths[-len(out.images) :], sep="\n", flush=True)
+    if request.grid:
+        sheet = recipe.encode(image.grid([i for out in done for i in out.images]), None, target.format)
+        paths.append(target.write(sheet, _values(done[0], pipe, 0, 0), "-grid"))
+        if not request.json:
+            print(paths[-1])
+    if request.json:
+        print(json.dumps(_report(done, paths)))
+    if not request.quiet:
+        count = sum(len(o.images) for o in done)
+        print(f"{count} image(s), seed {done[0].seeds[0]}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return 0
+
+
+@dataclasses.dataclass
+class Notes:
+    """Sentences for the user on stderr, each once."""
+
+    quiet: bool
+    said: set[str] = dataclasses.field(default_factory=set)
+
+    def __call__(self, *texts: str) -> None:
+        """Say what was not said before; empty texts are nothing."""
+        for text in dict.fromkeys(texts):
+            if text and text not in self.said and not self.quiet:
+                print(f"note: {text}", file=sys.stderr)
+            self.said.add(text)
+
+
+def _report(done: list[Output], paths: list[Path]) -> dict[str, Any]:
+    rows = [(prompt, seed) for out in done for prompt, seed in zip(out.prompts, out.seeds, strict=True)]
+    images = [{"path": str(path), "prompt": p, "seed": s} for path, (p, s) in zip(paths, rows, strict=False)]
+    evaluations = dict(sum((out.evaluations for out in done), Counter[str]()))
+    notices = list(dict.fromkeys(n for out in done for n in out.notices))
+    return {
+        "images": images,
+        "grid": str(paths[-1]) if len(paths) > len(rows) else None,
+        "settings": dataclasses.asdict(done[0].settings),
+        "evaluations": evaluations,
+        "notices": notices,
+    }
+
+
+def _write(out: Output, pipe: Pipeline, target: Target, first: int = 0) -> list[Path]:
+    """Write the images of a batch, each with its recipe; `first` images of the run were written before."""
+    from ldm_pipe.replay import recipe_of
+
+    return [
+        target.write(recipe.encode(picture, recipe_of(out, pipe, k), target.format), _values(out, pipe, k, first + k))
+        for k, picture in enumerate(out.images)
+    ]
+
+
+def _values(out: Output, pipe: Pipeline, k: int, index: int) -> dict[str, object]:
+    """What stands for the fields of a templated name."""
+    s = out.settings
+    return {
+        "prompt": out.prompts[k], "seed": out.seeds[k], "index": index + 1, "sampler": s.sampler, "spacing": s.spacing,
+        "steps": s.steps, "scale": s.guidance_scale, "width": s.width, "height": s.height, "model": pipe.name,
+    }  # fmt: skip
+
+
+def _replay(request: Request, path: str) -> int:
+    """Make an image again from its file; exit 1 where --verify finds a difference."""
+    found = recipe.read(path)
+    if request.model == "builtin" != found.model:  # a file may not choose which folder is loaded
+        raise UsageError(f"{path!r} was made by the model {found.model!r:.60}; give its folder with --model")
+    target = Target.of(request.output, 1, request.force)
+    from ldm_pipe import replay
+
+    Settings(**replay.settings_of(found))  # what is wrong with it is said before a model is loaded
+    from ldm_pipe.pipeline import Pipeline
+
+    dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
+    pipe = Pipeline.from_pretrained(request.model, request.device, dtype)
+    out = replay.again(found, pipe)
+    if not request.verify:
+        print(*_write(out, pipe, target), sep="\n")
+        return 0
+    verdict = replay.verify(path, found, out, pipe)
+    print(f"{path}: {verdict}")
+    return 0 if verdict.largest == 0 else 1
+
+
+def _progress(pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any]) -> Callable[[Step], None]:
+    """A bar on the terminal over all steps of all batches."""
+    given = pipe.resolve(Settings(**settings))
+    batches = -(-len(prompts) * given.num_images // given.batch_size)
+    total, done = batches * int(given.steps or 1), 0
+
+    def show(step: Step) -> None:
+        nonlocal done
+        done += 1
+        filled = min(30, 30 * done // total)
+        print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
+        if done == total:
+            print(file=sys.stderr)
+
+    return show

@@ -1,0 +1,157 @@
+"""What fits into memory, and what to do when it does not: slices, tiles, a smaller batch, then one line with a size."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe.codec import Codec
+from ldm_pipe.errors import EnvironmentFault
+
+LIVE = 8
+OVERLAP = 4  # latent pixels in which two tiles are blended
+SMALLEST = 8  # latent pixels of the smallest tile's side
+
+
+def exhausted(error: BaseException) -> bool:
+    """Does this error say that memory ran out, on a CPU or a GPU?"""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def free(device: torch.device) -> int:
+    """Bytes that can still be taken on a device: of the machine, of its control group and of the process's own limit."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return min(_available(), _of_group(), _of_process())
+
+
+def _available() -> int:
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
+    return 2**62
+
+
+def _of_group() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / f"memory.{n}").read_text(encoding="ascii") for n in ("max", "current"))
+        return int(most) - int(used)
+    return 2**62
+
+
+def _of_process() -> int:
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            return most - int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    return 2**62
+
+
+def peak(module: nn.Module, run: Callable[[], Any]) -> int:
+    """About how many bytes `module` needs for its activations in `run`: LIVE times its largest output."""
+    largest = 0
+
+    def note(part: nn.Module, given: Any, out: Any) -> None:
+        nonlocal largest
+        if isinstance(out, Tensor):
+            largest = max(largest, out.numel() * out.element_size())
+
+    hooks = [m.register_forward_hook(note) for m in module.modules()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return LIVE * largest
+
+
+def side_that_fits(bytes_per_pixel: float, room: int, factor: int) -> int:
+    """The side of the largest square image whose forecast fits into `room` bytes, a multiple of `factor`, at least one."""
+    return max(1, int(math.sqrt(max(0.0, room / bytes_per_pixel)) // factor)) * factor
+
+
+def decode(codec: Codec, latents: Tensor, say: Callable[[str], None]) -> Tensor:
+    """Images of latents [B,C,h,w]: together; where memory runs out one by one; then in smaller and smaller tiles.
+
+    Raises EnvironmentFault where the smallest tile does not fit. `say` is told what was done.
+    """
+    attempts: list[tuple[str, Callable[[], Tensor]]] = [("", lambda: codec.decode(latents))]
+    if len(latents) > 1:
+        attempts.append(("image by image", lambda: torch.cat([codec.decode(x) for x in latents.split(1)])))
+    for side in _sides(max(latents.shape[-2:])):
+        attempts.append((f"in tiles of {side * codec.factor} pixels", functools.partial(_each_tiled, codec, latents, side)))
+    for how, attempt in attempts:
+        with forgiven():
+            images = attempt()
+            if how:
+                say(f"memory ran out in the decoder; the images are decoded {how}")
+            return images
+    raise EnvironmentFault("memory ran out in the decoder, even in its smallest tiles; make room, or use --device cpu")
+
+
+@contextlib.contextmanager
+def forgiven() -> Iterator[None]:
+    """Swallows an error that says memory ran out, and gives the caches back."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not exhausted(error):
+            raise
+        error.__traceback__ = None  # its frames hold the tensors that did not fit
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _sides(longest: int) -> Iterator[int]:
+    side = longest
+    while side > SMALLEST:
+        side = max(SMALLEST, -(-side // 2))
+        yield side
+
+
+def _each_tiled(codec: Codec, latents: Tensor, side: int) -> Tensor:
+    return torch.cat([tiled(codec, x, side) for x in latents.split(1)])
+
+
+def tiled(codec: Codec, latents: Tensor, side: int) -> Tensor:
+    """Images of latents [B,C,h,w] from tiles of `side` latent pixels, blended linearly where they overlap.
+
+    Group norms see one tile instead of the whole, so the picture is near the whole one, not equal to it.
+    """
+    f, (h, w) = codec.factor, latents.shape[-2:]
+    out = latents.new_zeros(len(latents), 3, h * f, w * f)
+    weight = latents.new_zeros(1, 1, h * f, w * f)
+    for top in _starts(h, side):
+        for left in _starts(w, side):
+            part = codec.decode(latents[..., top : top + side, left : left + side])
+            window = _ramp(part.shape[-2], f, part)[:, None] * _ramp(part.shape[-1], f, part)
+            place = (..., slice(top * f, top * f + part.shape[-2]), slice(left * f, left * f + part.shape[-1]))
+            out[place] += part * window
+            weight[place] += window
+    return out / weight
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Where tiles begin so that they cover `length`, each two sharing at least OVERLAP (half a tile at most)."""
+    stride = max(side - OVERLAP, side // 2)
+    return [min(s, max(0, length - side)) for s in range(0, max(1, length - side + stride), stride)]
+
+
+def _ramp(length: int, factor: int, like: Tensor) -> Tensor:
+    """[length], rising from the edges over the overlap to 1."""
+    near = torch.arange(length, device=like.device, dtype=like.dtype) + 1
+    return torch.minimum(near, near.flip(0)).clamp(max=OVERLAP * factor) / (OVERLAP * factor)

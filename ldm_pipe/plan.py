@@ -1,0 +1,92 @@
+"""What a run is about to do: settings with every question decided, and the batches that follow from them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ldm_pipe import registry
+from ldm_pipe.errors import UsageError
+from ldm_pipe.guidance.cfg import CFG
+from ldm_pipe.guide import parse
+from ldm_pipe.level import Level
+from ldm_pipe.loading import Bundle
+from ldm_pipe.model import Rule
+from ldm_pipe.noise import seeds_of
+from ldm_pipe.settings import Settings
+from ldm_pipe.walk import Sampler
+
+Row = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, all decisions taken: every image's (prompt, seed), along which levels, by which sampler and rule.
+
+    shape: (C, h, w) of one latent.
+    """
+
+    rows: tuple[Row, ...]
+    negative: str
+    levels: tuple[Level, ...]
+    sampler: Sampler
+    rule: Rule
+    shape: tuple[int, int, int]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of every image."""
+        return tuple(prompt for prompt, _ in self.rows)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of every image."""
+        return tuple(seed for _, seed in self.rows)
+
+    def batch(self, first: int, size: int) -> Plan:
+        """The same for `size` images from number `first` on."""
+        return replace(self, rows=self.rows[first : first + size])
+
+
+def resolve(bundle: Bundle, settings: Settings) -> Settings:
+    """The settings with every None decided: the model's defaults, a drawn seed."""
+    d, codec = bundle.defaults, bundle.codec
+    height, width = settings.height or d.size[1], settings.width or d.size[0]
+    for name, value in (("height", height), ("width", width)):
+        if value % codec.factor:
+            near = max(codec.factor, round(value / codec.factor) * codec.factor)
+            raise UsageError(f"{name} is {value}; it takes a multiple of {codec.factor}, such as {near}")
+    seed = settings.seed if settings.seed is not None else secrets.randbelow(2**32)
+    for first in settings.seeds or (seed,):
+        seeds_of(first, settings.num_images)
+    return replace(
+        settings,
+        seed=seed,
+        height=height,
+        width=width,
+        steps=settings.steps or d.steps,
+        guidance_scale=float(d.guidance_scale if settings.guidance_scale is None else settings.guidance_scale),
+        sampler=settings.sampler or d.sampler,
+        spacing=settings.spacing or d.spacing,
+    )
+
+
+def plan(bundle: Bundle, prompts: Sequence[str], given: Settings, rule: Rule | None = None) -> Plan:
+    """The plan of a run with resolved settings. rule: instead of the settings' guidance."""
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise UsageError(f"prompt takes one text or several, got {prompts!r:.60}")
+    codec = bundle.codec
+    sampler = registry.build("sampler", str(given.sampler), **given.sampler_set)
+    levels = registry.build("spacing", str(given.spacing), **given.spacing_set)(bundle.model.path, given.steps)
+    shape = (codec.channels, int(given.height or 0) // codec.factor, int(given.width or 0) // codec.factor)
+    if rule is None:
+        rule = parse(given.guide) if given.guide else CFG(float(given.guidance_scale or 0.0))
+    return Plan(_rows(prompts, given), given.negative_prompt, tuple(levels), sampler, rule, shape)
+
+
+def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:
+    first = given.seeds or (given.seed or 0,) * len(prompts)
+    if len(first) != len(prompts):
+        raise UsageError(f"seeds holds {len(first)} for {len(prompts)} prompt(s); it takes one for each")
+    return tuple((p, s) for p, f in zip(prompts, first, strict=True) for s in seeds_of(f, given.num_images))

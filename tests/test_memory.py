@@ -1,0 +1,132 @@
+"""Less memory, the same pictures: smaller batches, slices, tiles, then one line with a size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_pipe import memory
+from ldm_pipe.codec import Identity
+from ldm_pipe.errors import EnvironmentFault
+from ldm_pipe.image import to_tensor
+from ldm_pipe.pipeline import Pipeline
+
+Tiny = Callable[[str], Path]
+PROMPTS = [f"a fox {k}" for k in range(5)]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny: Tiny) -> Pipeline:
+    return Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32")
+
+
+def short(limit: int, real: Any) -> Any:
+    """`real`, on a machine where only `limit` values of its first tensor fit."""
+
+    def call(x: Tensor, *args: Any) -> Any:
+        if x.numel() > limit:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: tried 9 bytes.")
+        return real(x, *args)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Doubling(Identity):
+    """A codec of factor 2 without any global statistics, whose tiles must equal the whole."""
+
+    factor: int = 2
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+@pytest.mark.parametrize(("h", "w", "side"), [(16, 16, 8), (24, 40, 16), (9, 33, 8), (8, 8, 8), (31, 17, 9)])
+def test_tiles_of_a_local_codec_equal_the_whole(h: int, w: int, side: int) -> None:
+    x = torch.randn(2, 3, h, w, dtype=torch.float64)
+    torch.testing.assert_close(memory.tiled(Doubling(), x, side), Doubling().decode(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_smaller_batch_gives_the_same_images(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pipe(PROMPTS, seed=3)
+    two = 2 * 2 * 4 * 8 * 8  # two branches of two images
+    monkeypatch.setattr(pipe.bundle.model, "forward", short(two, pipe.bundle.model.forward))
+    split = pipe(PROMPTS, seed=3)
+    assert split.places == ((2, 0), (2, 1), (2, 0), (2, 1), (1, 0))
+    assert "memory ran out; 2 image(s) are computed at a time" in split.notices
+    assert split.seeds == whole.seeds
+    torch.testing.assert_close(split.latents, whole.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_one_image_too_large_is_one_line_with_a_size(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe.bundle.model, "forward", short(0, pipe.bundle.model.forward))
+    with pytest.raises(EnvironmentFault, match=r"32x32 pixels do not fit into memory; try 20x20"):
+        pipe("a fox")
+
+
+@pytest.mark.parametrize(("images", "how"), [(1, "image by image"), (0.5, "in tiles of 32 pixels")])
+def test_the_decoder_takes_slices_then_tiles(tiny: Tiny, images: float, how: str) -> None:
+    codec = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32").bundle.codec
+    latents, said = torch.randn(2, 4, 16, 16), list[str]()
+    whole = codec.decode(latents)
+    object.__setattr__(codec, "decode", short(int(images * latents[0].numel()), codec.decode))
+    out = memory.decode(codec, latents, said.append)
+    assert said == [f"memory ran out in the decoder; the images are decoded {how}"]
+    assert out.shape == whole.shape
+    if images == 1:
+        torch.testing.assert_close(out, whole)
+    object.__setattr__(codec, "decode", short(0, codec.decode))
+    with pytest.raises(EnvironmentFault, match="smallest tiles"):
+        memory.decode(codec, latents, said.append)
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory.forgiven():
+        raise RuntimeError("shapes do not agree")
+
+
+def test_a_forecast_refuses_before_it_starts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = pipe.forecast(512, 512)
+    assert pipe.forecast(1024, 512, 3) == pytest.approx(6 * one, rel=0.01)
+    monkeypatch.setattr(memory, "free", lambda device: one)
+    with pytest.raises(EnvironmentFault, match=r"1024x512 pixels need about .* GiB .* --width 512 --height 512 fits"):
+        pipe("a fox", height=512, width=1024)
+    assert pipe._room(_plan(pipe, 512, 512, 4), 4) == 1
+    assert pipe._room(_plan(pipe, 32, 32, 16), 16) == 16
+
+
+def _plan(pipe: Pipeline, height: int, width: int, images: int) -> Any:
+    from ldm_pipe.plan import plan
+    from ldm_pipe.settings import Settings
+
+    return plan(pipe.bundle, ["x"], pipe.resolve(Settings(height=height, width=width, num_images=images)))
+
+
+def test_a_real_limit_is_seen() -> None:
+    assert 0 < memory.free(torch.device("cpu")) < 2**62
+
+
+def test_a_decoder_that_overflows_in_fp16_runs_again_in_fp32(tiny: Tiny) -> None:
+    loaded = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32")
+    codec = loaded.bundle.codec
+    good = loaded("a fox", seed=1)
+    real, dtypes = codec.decode, list[torch.dtype]()
+
+    def overflow(latents: Tensor) -> Tensor:
+        dtypes.append(codec.vae.dtype)  # type: ignore[attr-defined]
+        images = real(latents)
+        return images * torch.inf if dtypes[-1] == torch.float16 else images
+
+    object.__setattr__(codec, "decode", overflow)
+    codec.to(torch.device("cpu"), torch.float16)
+    out = replace(loaded, dtype=torch.float16)("a fox", seed=1)
+    assert dtypes == [torch.float16, torch.float32]
+    assert "the decoder overflowed in fp16 and was run again in fp32" in out.notices
+    before, after = (to_tensor([o.images[0]]) for o in (good, out))
+    torch.testing.assert_close(after, before, rtol=0, atol=2 / 127.5)  # its weights have been through fp16
