@@ -24,6 +24,7 @@ _HOMES = {
     "guidance.rescale": ("Rescale",),
     "guidance.between": ("Between",),
     "analysis.gaussian": ("Gaussian",),
+    "analysis.mixture": ("Mixture",),
     "registry": ("build",),
     "loading": ("Bundle", "load"),
     "pipeline": ("Output", "Pipeline"),

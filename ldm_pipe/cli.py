@@ -95,19 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said to a reader who has left
         return 128 + signal.SIGPIPE
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _on_terminate() -> Any:
-    """SIGTERM ends a run as Ctrl-C does, with exit code 143 (only the main thread may say so)."""
+def _on_terminate() -> dict[int, Any]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does, with 128 + their number (only the main thread may say so)."""
     if threading.current_thread() is not threading.main_thread():
-        return None
+        return {}
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt(128 + number)
 
-    return signal.signal(signal.SIGTERM, stop)
+    return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
 
 
 if __name__ == "__main__":

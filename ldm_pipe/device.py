@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from ldm_pipe.errors import EnvironmentFault, UsageError, unknown
+from ldm_pipe.errors import EnvironmentFault
+from ldm_pipe.settings import check_device, check_dtype
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -15,9 +16,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """A torch device: "auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1"."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise UsageError(f"--device {name!r} is not a device; choose from auto, cpu, cuda, cuda:N")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise EnvironmentFault(f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return torch.device(name)
@@ -30,8 +30,7 @@ def pick_dtype(name: str, device: torch.device, wide: bool = True) -> tuple[torc
         if device.type == "cuda":
             return torch.float16, ""
         return (torch.bfloat16 if wide and cpu_has_bf16() else torch.float32), ""
-    if name not in DTYPES:
-        raise UsageError("--dtype " + unknown("dtype", name, ["auto", *DTYPES]))
+    check_dtype(name)
     if name == "fp16" and device.type == "cpu":
         return torch.bfloat16, "fp16 arithmetic is far slower than bf16 on a CPU; using bf16"
     return DTYPES[name], ""

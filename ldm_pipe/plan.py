@@ -14,7 +14,7 @@ from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle
 from ldm_pipe.model import Rule
 from ldm_pipe.noise import seeds_of
-from ldm_pipe.settings import Settings
+from ldm_pipe.settings import Settings, check_sides
 from ldm_pipe.walk import Sampler
 
 Row = tuple[str, int]
@@ -52,19 +52,14 @@ class Plan:
 def resolve(bundle: Bundle, settings: Settings) -> Settings:
     """The settings with every None decided: the model's defaults, a drawn seed."""
     d, codec = bundle.defaults, bundle.codec
-    height, width = settings.height or d.size[1], settings.width or d.size[0]
-    for name, value in (("height", height), ("width", width)):
-        if value % codec.factor:
-            near = max(codec.factor, round(value / codec.factor) * codec.factor)
-            raise UsageError(f"{name} is {value}; it takes a multiple of {codec.factor}, such as {near}")
+    settings = replace(settings, height=settings.height or d.size[1], width=settings.width or d.size[0])
+    check_sides(settings, codec.factor)
     seed = settings.seed if settings.seed is not None else secrets.randbelow(2**32)
     for first in settings.seeds or (seed,):
         seeds_of(first, settings.num_images)
     return replace(
         settings,
         seed=seed,
-        height=height,
-        width=width,
         steps=settings.steps or d.steps,
         guidance_scale=float(d.guidance_scale if settings.guidance_scale is None else settings.guidance_scale),
         sampler=settings.sampler or d.sampler,

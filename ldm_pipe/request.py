@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ldm_pipe import guide, registry, strict
-from ldm_pipe.errors import UsageError, unknown
-from ldm_pipe.settings import Settings
+from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe.settings import Settings, check_device, check_dtype, check_sides
 
 SETTINGS = (
     "negative_prompt", "seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width",
@@ -89,7 +91,10 @@ class Request:
             if not (equals and dot and kind in ("sampler", "spacing")):
                 raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value")
             found[f"{kind}_set"][name] = value
-        Settings(**found)
+        settings = Settings(**found)
+        check_device(self.device)
+        check_dtype(self.dtype)
+        check_sides(settings, _factor(self.model))
         if self.guide is not None:
             if self.guidance_scale is not None:
                 raise UsageError("--guide and --guidance-scale exclude each other; write the scale as cfg(5) in --guide")
@@ -98,6 +103,18 @@ class Request:
             if found[kind] is not None:
                 _check_fields(kind, found[kind], found[f"{kind}_set"])
         return found
+
+
+def _factor(model: str) -> int:
+    """Pixels per latent pixel of a model folder's codec, 1 where that cannot be told yet. Raises ModelError on no folder."""
+    folder = Path(__file__).parent / "builtin" if model == "builtin" else Path(model)
+    if not os.path.isdir(folder):
+        raise ModelError(f"--model {model!r:.120} is not a folder; give 'builtin' or a folder in diffusers' layout")
+    try:
+        found = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(2 ** (len(found["block_out_channels"]) - 1))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return 1  # the loader will say what is wrong
 
 
 def _check_fields(kind: str, name: str, given: Mapping[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldm_pipe.errors import UsageError
+from ldm_pipe.errors import UsageError, unknown
 
 LARGEST_SIDE = 16_384
+DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,27 @@ class Settings:
         scale = self.guidance_scale
         if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)):
             raise UsageError(f"guidance_scale is {scale!r}; it takes a finite number, 1 = no guidance")
+
+
+def check_device(name: str) -> None:
+    """Raises UsageError where a text names no device: auto, cpu, cuda, cuda:1."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
+        raise UsageError(f"--device {name!r} is not a device; choose from auto, cpu, cuda, cuda:N")
+
+
+def check_dtype(name: str) -> None:
+    """Raises UsageError where a text names no dtype."""
+    if name not in DTYPES:
+        raise UsageError("--dtype " + unknown("dtype", name, DTYPES))
+
+
+def check_sides(settings: Settings, factor: int) -> None:
+    """Raises UsageError where a given height or width is no multiple of the codec's factor."""
+    for name in ("height", "width"):
+        value = getattr(settings, name)
+        if value is not None and value % factor:
+            near = max(factor, round(value / factor) * factor)
+            raise UsageError(f"{name} is {value}; it takes a multiple of {factor}, such as {near}")
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
