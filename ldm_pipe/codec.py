@@ -52,7 +52,7 @@ class Identity:
 
 @dataclass(frozen=True, eq=False)
 class KLCodec:
-    """diffusers' AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
+    """The KL autoencoder (Rombach et al. 2022, arXiv 2112.10752, section 3.1): the light one or that of diffusers.
 
     Works in the dtype of its weights, in fp32 where the configuration says `force_upcast` and fp16 would overflow; takes and
     returns the dtype of what it is given.
@@ -77,7 +77,7 @@ class KLCodec:
     def encode(self, images: Tensor) -> Tensor:
         """(mean of the posterior - shift) * scale."""
         scale, shift = self._scale_shift
-        return (self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.to(images.dtype) - shift) * scale
+        return (self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0].mean.to(images.dtype) - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """The decoder at latents / scale + shift."""

@@ -94,7 +94,7 @@ def _generate(request: Request) -> int:
     return 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Notes:
     """Sentences for the user on stderr, each once."""
 

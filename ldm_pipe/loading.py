@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ldm_pipe import strict
+from ldm_pipe import strict, tokens, weights
 from ldm_pipe.codec import Codec
 from ldm_pipe.errors import ModelError, UsageError
 from ldm_pipe.files import sha256
@@ -29,6 +30,7 @@ CLASSES = {
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
+WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors") | {"text_encoder": "model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def load(source: str | os.PathLike[str] = "builtin", check: bool = True) -> Bund
     and no code of a folder is run: safetensors only. Raises ModelError with one sentence on anything that does not fit.
     """
     folder = BUILTIN if str(source) == "builtin" else Path(source)
-    if not folder.is_dir():
+    if not (str(source) and os.path.isdir(folder)):
         raise ModelError(f"--model {str(source)!r} is not a folder; give 'builtin' or a folder in diffusers' layout")
     digests = _sums(folder) if check else {}
     index = _json(folder / "model_index.json")
@@ -83,41 +85,67 @@ def load(source: str | os.PathLike[str] = "builtin", check: bool = True) -> Bund
 def _assemble(
     folder: Path, name: str, defaults: Defaults, digests: dict[str, str], path: NoisePath, prediction: Prediction
 ) -> Bundle:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing reaches for a hub
-    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     from ldm_pipe.codec import KLCodec
+    from ldm_pipe.networks import light_clip, light_unet, light_vae
     from ldm_pipe.networks.unet import UNet
     from ldm_pipe.text import ClipText
 
-    with _quiet():
-        unet = _network(UNet2DConditionModel, folder / "unet")
-        vae = _network(AutoencoderKL, folder / "vae")
-        encoder = _network(CLIPTextModel, folder / "text_encoder")
-        with _named(folder / "tokenizer"):
-            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    unet = _network(folder, "unet", light_unet.Config, light_unet.UNet)
+    vae = _network(folder, "vae", light_vae.Config, light_vae.VAE, light_vae.renamed)
+    encoder = _network(folder, "text_encoder", light_clip.Config, light_clip.ClipTextModel, light_clip.renamed)
+    with weights.named(folder / "tokenizer"):
+        tokenizer = tokens.read(folder / "tokenizer", encoder.config.vocab_size) or _foreign_tokenizer(folder)
     words = frozenset(defaults.words) or None
     model = Model(UNet(unet), path, prediction).eval()
     return Bundle(model, KLCodec(vae), ClipText(encoder, tokenizer, words), name, defaults, digests)
 
 
-@contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a ModelError that names the part."""
-    try:
-        if not folder.is_dir():
-            raise FileNotFoundError("there is no such folder")
-        yield
-    except Exception as error:  # the libraries raise a dozen kinds; the user needs the folder and the reason
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{folder.parent.name}/{folder.name} cannot be loaded: {reason}") from error
+def _network(folder: Path, part: str, config_class: Any, build: Any, renamed: Any = str) -> Any:
+    """One network in fp32: the light one where config.json asks only for what that one knows, else the class of the index.
+
+    Either way its every tensor is read from safetensors, no tensor is left over, and every weight is finite.
+    """
+    place, (_, name) = folder / part, CLASSES[part]
+    file = place / WEIGHTS[part]
+    if (place / "config.json").is_file():
+        config = _json(place / "config.json")
+        weights.plausible(config, f"{folder.name}/{part}/config.json")
+        ours = config.get("_class_name", name) == name and weights.known(config_class, config)
+        if ours and file.is_file() and not Path(f"{file}.index.json").exists():
+            return weights.read(file, ours.parts, lambda: build(ours), renamed)
+    return _foreign(place, part)
+
+
+def _foreign(place: Path, part: str) -> Any:
+    """The network as its own library reads it: split files, and whatever the light ones do not know."""
+    import torch
+
+    library, name = CLASSES[part]
+    with weights.named(place), _quiet():
+        found, report = getattr(importlib.import_module(library), name).from_pretrained(
+            place, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, report.get(fault) or ()))
+        if keys:
+            kind = fault.split("_")[0]
+            raise ModelError(f"{place.parent.name}/{place.name}: {kind} tensor {keys[0]!r} and {len(keys) - 1} more")
+    weights.finite(found, f"{place.parent.name}/{place.name}")
+    return found.eval().requires_grad_(False)
+
+
+def _foreign_tokenizer(folder: Path) -> tokens.FromTransformers:
+    with _quiet():
+        from transformers import CLIPTokenizer
+
+        return tokens.FromTransformers(CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The libraries' own bars and warnings off: what they warn of is an error here."""
+    """The libraries' own bars and warnings off: what they warn of is an error here. Nothing reaches for a hub."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
     import diffusers.utils.logging as of_diffusers
     import transformers.utils.logging as of_transformers
 
@@ -132,22 +160,6 @@ def _quiet() -> Iterator[None]:
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()
-
-
-def _network(cls: Any, folder: Path) -> Any:
-    """One network, in fp32, its every tensor read from the folder's safetensors and no tensor left over."""
-    import torch
-
-    with _named(folder):
-        found, report = cls.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, report.get(fault) or ()))
-        if keys:
-            kind = fault.split("_")[0]
-            raise ModelError(f"{folder.parent.name}/{folder.name}: {kind} tensor {keys[0]!r} and {len(keys) - 1} more")
-    return found.eval().requires_grad_(False)
 
 
 def path_of(config: Mapping[str, Any], where: str = "scheduler") -> tuple[NoisePath, Prediction]:
@@ -178,7 +190,7 @@ def _table(config: Mapping[str, Any], where: str) -> VP:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path.parent.name}/{path.name} cannot be read as JSON: {type(error).__name__}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path.parent.name}/{path.name} holds {type(found).__name__}, not an object")
@@ -201,7 +213,7 @@ def _sums(folder: Path) -> dict[str, str]:
     if not listing.exists():
         return {}
     sums = {}
-    for line in listing.read_text(encoding="utf-8").splitlines():
+    for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = (folder / name).resolve()
         if folder.resolve() not in file.parents or not file.is_file():

@@ -91,7 +91,7 @@ def decode(codec: Codec, latents: Tensor, say: Callable[[str], None]) -> Tensor:
     """
     attempts: list[tuple[str, Callable[[], Tensor]]] = [("", lambda: codec.decode(latents))]
     if len(latents) > 1:
-        attempts.append(("image by image", lambda: torch.cat([codec.decode(x) for x in latents.split(1)])))
+        attempts.append(("image by image", lambda: torch.cat([codec.decode(x[None]) for x in latents])))
     for side in _sides(max(latents.shape[-2:])):
         attempts.append((f"in tiles of {side * codec.factor} pixels", functools.partial(_each_tiled, codec, latents, side)))
     for how, attempt in attempts:
@@ -124,7 +124,7 @@ def _sides(longest: int) -> Iterator[int]:
 
 
 def _each_tiled(codec: Codec, latents: Tensor, side: int) -> Tensor:
-    return torch.cat([tiled(codec, x, side) for x in latents.split(1)])
+    return torch.cat([tiled(codec, x[None], side) for x in latents])
 
 
 def tiled(codec: Codec, latents: Tensor, side: int) -> Tensor:

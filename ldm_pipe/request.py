@@ -108,7 +108,7 @@ class Request:
 def _factor(model: str) -> int:
     """Pixels per latent pixel of a model folder's codec, 1 where that cannot be told yet. Raises ModelError on no folder."""
     folder = Path(__file__).parent / "builtin" if model == "builtin" else Path(model)
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder if model else model):  # Path("") would be the working folder
         raise ModelError(f"--model {model!r:.120} is not a folder; give 'builtin' or a folder in diffusers' layout")
     try:
         found = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ldm_pipe.cond import Cond
+from ldm_pipe.tokens import Tokenizer
 
 
 class TextEncoder(Protocol):
@@ -29,11 +30,12 @@ class TextEncoder(Protocol):
 class ClipText:
     """CLIP's text model (Radford et al. 2021, arXiv 2103.00020): the last hidden states of `window` tokens.
 
+    encoder: the light ClipTextModel or that of transformers, which are called alike.
     words: what the model was taught, where that is a closed list (the built-in model); None for an open vocabulary.
     """
 
     encoder: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     words: frozenset[str] | None = None
 
     @property
@@ -46,10 +48,8 @@ class ClipText:
         """tokens: [B, window, width], in at least fp32's place of the encoder's dtype."""
         distinct = list(dict.fromkeys(prompts))
         rows = [distinct.index(p) for p in prompts]
-        ids = self.tokenizer(
-            [_clean(p) for p in distinct], padding="max_length", truncation=True, max_length=self.window, return_tensors="pt"
-        ).input_ids
-        return Cond(tokens=self.encoder(ids.to(self.encoder.device)).last_hidden_state).take(rows)
+        ids = torch.tensor(self.tokenizer([_clean(p) for p in distinct], self.window), device=self.encoder.device)
+        return Cond(tokens=self.encoder(ids).last_hidden_state).take(rows)
 
     def notices(self, prompt: str) -> list[str]:
         """One sentence for unknown words, one for tokens beyond the window."""
@@ -59,7 +59,7 @@ class ClipText:
         if unknown:
             names = ", ".join(repr(w) for w in dict.fromkeys(unknown))
             found.append(f"this model does not know {names}; --model takes a larger one, --list words shows what it knows")
-        over = len(self.tokenizer(_clean(prompt)).input_ids) - self.window
+        over = self.tokenizer.length(_clean(prompt)) - self.window
         if over > 0:
             found.append(f"the prompt is {over} token(s) longer than the {self.window} of the encoder; the end is not seen")
         return found

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DConditionModel as a Network (Rombach et al. 2022, arXiv 2112.10752, section 3.3)."""
+"""The cross-attention U-Net as a Network (Rombach et al. 2022, arXiv 2112.10752, section 3.3): the light one or diffusers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm_pipe.cond import Cond
 
 
 class UNet(nn.Module):
-    """A cross-attention U-Net. `unet`: a UNet2DConditionModel; its time is the path's clock (0..T-1, or u * 1000)."""
+    """A cross-attention U-Net. `unet`: a light UNet or a UNet2DConditionModel; its time is the path's (0..T-1, or u * 1000)."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()

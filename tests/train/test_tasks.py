@@ -32,7 +32,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def latent(folder: Path) -> Latent:
     parts = {"codec": str(folder / "codec" / "export"), "text": str(folder / "text" / "export")}
-    return Latent(**parts, scenes=6, channels=(32, 32), attention=(False, True), heads=2)
+    return Latent(**parts, scenes=6, channels=(32, 32), attention=(False, True), layers=(0, 1), heads=2)
 
 
 def test_the_export_is_a_model_that_loads_and_draws(stages: Path) -> None:

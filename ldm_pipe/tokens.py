@@ -1,0 +1,157 @@
+"""Prompts to ids: CLIP's byte-pair encoding by the `tokenizers` library alone, or whatever transformers makes of a folder.
+
+Neural Machine Translation of Rare Words with Subword Units (Sennrich et al. 2016, arXiv 1508.07909, algorithm 1), on bytes and
+lower case as in Radford et al. 2021, arXiv 2103.00020, section 2.4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ldm_pipe.errors import ModelError
+
+END = "<|endoftext|>"
+SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END, "pad_token": END}
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# What tokenizer_config.json may say besides its special tokens: values that change no id (None: any value).
+CONFIG: Mapping[str, tuple[Any, ...] | None] = {
+    "add_prefix_space": (False,), "do_lower_case": (True,), "errors": ("replace",), "backend": ("tokenizers",),
+    "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast"), "padding_side": ("right",), "truncation_side": ("right",),
+    "split_special_tokens": (False,), "extra_special_tokens": ([], {}), "additional_special_tokens": ([],),
+    "model_max_length": None, "max_length": None, "name_or_path": None, "special_tokens_map_file": None, "is_local": None,
+    "clean_up_tokenization_spaces": None, "processor_class": None,
+}  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """Prompts to ids, the two ends included."""
+
+    def __call__(self, prompts: Sequence[str], window: int) -> list[list[int]]:
+        """Rows of exactly `window` ids: the rest cut off before the end token, or filled up behind it."""
+
+    def length(self, prompt: str) -> int:
+        """How many ids the whole prompt has."""
+
+
+@dataclass(frozen=True, eq=False)
+class FromTransformers:
+    """A tokenizer of transformers."""
+
+    tokenizer: Any
+
+    def __call__(self, prompts: Sequence[str], window: int) -> list[list[int]]:
+        """Rows of `window` ids."""
+        return self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=window).input_ids
+
+    def length(self, prompt: str) -> int:
+        """Ids of the whole prompt."""
+        return len(self.tokenizer(prompt).input_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipTokenizer:
+    """Gives the ids of transformers' CLIPTokenizer. `encoder`: a tokenizers.Tokenizer; `pad`: the id that fills rows up."""
+
+    encoder: Any
+    pad: int
+
+    def __call__(self, prompts: Sequence[str], window: int) -> list[list[int]]:
+        """Rows of `window` ids."""
+        return [self._row(self.encoder.encode(p).ids, window) for p in prompts]
+
+    def _row(self, ids: list[int], window: int) -> list[int]:
+        kept = ids if len(ids) <= window else [*ids[: window - 1], ids[-1]]
+        return kept + [self.pad] * (window - len(kept))
+
+    def length(self, prompt: str) -> int:
+        """Ids of the whole prompt."""
+        return len(self.encoder.encode(prompt).ids)
+
+
+def read(folder: Path, vocabulary: int) -> ClipTokenizer | None:
+    """The tokenizer of a folder (tokenizer.json, or vocab.json and merges.txt); None where it asks for what is not known here.
+
+    vocabulary: how many ids the text encoder has. Raises ModelError on a larger id; on a damaged file, whatever the reader
+    of its format raises.
+    """
+    from tokenizers.models import BPE
+
+    unknown = [folder / name for name in ("added_tokens.json", "chat_template.jinja") if (folder / name).exists()]
+    if unknown or not (folder / "tokenizer_config.json").exists():
+        return None
+    config, whole = _object(folder / "tokenizer_config.json"), _object(folder / "tokenizer.json")
+    if "added_tokens_decoder" in config:
+        added = config.pop("added_tokens_decoder")
+    else:
+        config |= _object(folder / "special_tokens_map.json")
+        added = {t["id"]: {k: v for k, v in t.items() if k != "id"} for t in whole.get("added_tokens", ())}
+    special = {key: config.pop(key, value) for key, value in SPECIAL.items()}
+    sides = [whole[k]["direction"] for k in ("padding", "truncation") if whole.get(k)]
+    if set(sides) - {"Right"} or not all(_is_neutral(k, v) for k, v in config.items()):
+        return None
+    if whole:
+        model = whole["model"]
+        vocab, merges = model["vocab"], [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    else:
+        vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    names = {key: t["content"] if isinstance(t, dict) else t for key, t in special.items()}
+    if any(vocab.get(t["content"]) != int(i) for i, t in added.items()) or not set(names.values()) <= vocab.keys():
+        return None
+    if min(vocab.values()) < 0 or max(vocab.values()) >= vocabulary:
+        raise ModelError(f"{folder.parent.name}/{folder.name}: an id is beyond the {vocabulary} tokens of the text encoder")
+    encoder = _encoder(vocab, merges, names)
+    encoder.add_tokens(_added([added[i] for i in sorted(added, key=int)], special))
+    return ClipTokenizer(encoder, vocab[names["pad_token"]])
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    allowed = CONFIG.get(name, ())
+    return allowed is None or value in allowed
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, {} where there is no file."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name} holds {type(found).__name__}, not an object")
+    return found
+
+
+def _encoder(vocab: dict[str, int], merges: Sequence[tuple[str, ...]], names: Mapping[str, str]) -> Any:
+    """The whole encoding of CLIP, without the tokens that are found before the text is split."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=names["unk_token"])
+    encoder = Tokenizer(bpe)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bos, eos = names["bos_token"], names["eos_token"]
+    encoder.post_processor = processors.RobertaProcessing((eos, vocab[eos]), (bos, vocab[bos]), False, False)
+    return encoder
+
+
+def _added(added: Sequence[Mapping[str, Any]], special: Mapping[str, Any]) -> list[Any]:
+    """The tokens that are found before the text is split: those of the files, then the named ones that are not among them.
+
+    One content may come twice, with other properties; which of them counts is the library's affair, so both are handed on.
+    """
+    from tokenizers import AddedToken
+
+    tokens: list[Any] = [AddedToken(**token) for token in added]
+    listed, names = {token.content for token in tokens}, set()
+    for value in special.values():
+        if isinstance(value, dict):
+            value = AddedToken(**{k: v for k, v in value.items() if k not in ("__type", "special")})
+        names.add(str(value))
+        if str(value) not in listed and value not in tokens:
+            tokens.append(value)
+    found = [AddedToken(token, special=True) if isinstance(token, str) else token for token in tokens]
+    for token in found:
+        token.special |= token.content in names
+    return found

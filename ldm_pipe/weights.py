@@ -1,0 +1,138 @@
+"""Configurations and weight files from anywhere: understood whole or not at all, and nothing allocated on their word."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe.errors import ModelError
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
+
+LARGEST = 10**6  # of any number in a configuration: vocabularies and sizes of images lie well below it
+FLOATS = ("F64", "F32", "F16", "BF16")  # as the header of a safetensors file names them
+
+
+@contextlib.contextmanager
+def named(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ModelError that names the folder of the part."""
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # the libraries raise a dozen kinds; the user needs the folder and the reason
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"{folder.parent.name}/{folder.name} cannot be loaded: {reason}") from error
+
+
+def plausible(config: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError where a configuration holds a number that no model has, however deep: too large, or not finite."""
+    for name, value in config.items():
+        rest = [value]
+        while rest:
+            item = rest.pop()
+            if isinstance(item, list | dict):
+                rest += item.values() if isinstance(item, dict) else item
+            elif isinstance(item, int | float) and not -LARGEST <= item <= LARGEST:
+                raise ModelError(f"{where}: {name} holds {item!r:.40}, which no model has")
+
+
+def known(cls: type[C], config: Mapping[str, Any]) -> C | None:
+    """The dataclass `cls` of a configuration, or None where it asks for anything that `cls` does not know.
+
+    Every name must be a field of the right type or one of `cls.neutral` with a value listed there; names that begin with an
+    underscore say who wrote the file. A ValueError of `cls` means None too: fields that do not fit each other.
+    """
+    hints = typing.get_type_hints(cls)
+    neutral: Mapping[str, tuple[Any, ...]] = cls.neutral  # type: ignore[attr-defined]
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for name, value in config.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name in fields and _fits(value, hints[name]):
+            values[name] = value
+        elif not name.startswith("_") and not any(_same(value, v) for v in neutral.get(name, ())):
+            return None
+    try:
+        return cls(**values)
+    except (ValueError, ArithmeticError):
+        return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return any(_same(value, a) for a in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is int:
+        return isinstance(value, int) and value >= 0
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _same(value: Any, one: Any) -> bool:
+    return value == one and isinstance(value, bool) == isinstance(one, bool)
+
+
+def read(file: Path, parts: int, build: Callable[[], M], renamed: Callable[[str], str | None] = str) -> M:
+    """The module that `build` makes, in fp32 and eval mode, its every tensor from a safetensors file and none left over.
+
+    Built on the meta device, so that only tensors which the file really holds take memory. parts: how many tensors the module
+    has at least; renamed: name in the file -> name in the module, None for one to leave out. Raises ModelError that names the
+    first tensor which is missing, unexpected, of another shape, not floating point, or not finite.
+    """
+    from safetensors import safe_open
+
+    where = f"{file.parent.parent.name}/{file.parent.name}"
+    with named(file.parent), safe_open(file, framework="pt") as found:
+        names = {name: renamed(name) for name in found.keys()}  # noqa: SIM118  (it is no mapping)
+        if parts > len(names):
+            raise ModelError(f"{where}: config.json asks for {parts} parts or more, the file has {len(names)} tensors")
+        with torch.device("meta"):
+            module = build()
+        wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+        held = {new: old for old, new in names.items() if new is not None}
+        slices = {n: found.get_slice(old) for n, old in held.items() if n in wanted}
+        twice = [old for old, new in names.items() if new is not None and held[new] != old]
+        _refuse(where, "missing", wanted.keys() - held.keys())
+        _refuse(where, "unexpected", [*(old for new, old in held.items() if new not in wanted), *twice])
+        _refuse(where, "mismatched", [n for n, s in slices.items() if tuple(s.get_shape()) != wanted[n]])
+        _refuse(where, "not floating point:", [n for n, s in slices.items() if s.get_dtype() not in FLOATS])
+        for name in wanted:
+            owner, _, leaf = name.rpartition(".")
+            tensor = found.get_tensor(held[name]).to(torch.float32)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    finite(module, where)
+    return module.eval()
+
+
+def _refuse(where: str, fault: str, tensors: typing.Iterable[str]) -> None:
+    faulty = sorted(tensors)
+    if faulty:
+        raise ModelError(f"{where}: {fault} tensor {faulty[0]!r:.100} and {len(faulty) - 1} more")
+
+
+def finite(module: Any, where: str) -> None:
+    """Raise ModelError that names the first weight which holds NaN or Inf."""
+    _refuse(where, "NaN or Inf in", [n for n, t in module.state_dict().items() if not _is_finite(t)])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum is not finite where a summand is not; where only the sum overflows, every value is looked at."""
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
