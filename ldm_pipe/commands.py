@@ -64,6 +64,8 @@ def _generate(request: Request) -> int:
     recipe.check_fits(prompts, request.negative_prompt, target.format)
     started = time.perf_counter()
     from ldm_pipe import image
+
+    sources = _sources(request)
     from ldm_pipe.device import pick_device, pick_dtype
     from ldm_pipe.pipeline import Pipeline
 
@@ -72,10 +74,10 @@ def _generate(request: Request) -> int:
     pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
     for prompt in prompts:
         say(*pipe.bundle.text.notices(prompt))
-    bar = _progress(pipe, prompts, settings) if sys.stderr.isatty() and not request.quiet else None
+    bar = _progress(pipe, prompts, settings, sources) if sys.stderr.isatty() and not request.quiet else None
     done: list[Output] = []
     paths: list[Path] = []
-    for out in pipe.batches(prompts, on_step=bar, **settings):
+    for out in pipe.batches(prompts, None, bar, **sources, **settings):
         say(*out.notices)
         paths += _write(out, pipe, target, len(paths))
         done.append(out)
@@ -89,9 +91,19 @@ def _generate(request: Request) -> int:
     if request.json:
         print(json.dumps(_report(done, paths)))
     if not request.quiet:
-        count = sum(len(o.images) for o in done)
-        print(f"{count} image(s), seed {done[0].seeds[0]}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        count, given = sum(len(o.images) for o in done), done[0].settings
+        walked = f", {given.walked} of {given.steps} steps" if given.strength else ""
+        took = time.perf_counter() - started
+        print(f"{count} image(s), seed {done[0].seeds[0]}{walked}, {took:.1f} s", file=sys.stderr)
     return 0
+
+
+def _sources(request: Request) -> dict[str, Any]:
+    """The pictures that an edit starts from."""
+    from ldm_pipe import image
+
+    files = {"init_image": request.init_image, "mask": request.mask}
+    return {n: image.read(path, f"--{n.replace('_', '-')}") for n, path in files.items() if path is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +167,7 @@ def _replay(request: Request, path: str) -> int:
 
     dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
     pipe = Pipeline.from_pretrained(request.model, request.device, dtype)
-    out = replay.again(found, pipe)
+    out = replay.again(found, pipe, **_sources(request))
     if not request.verify:
         print(*_write(out, pipe, target), sep="\n")
         return 0
@@ -164,11 +176,15 @@ def _replay(request: Request, path: str) -> int:
     return 0 if verdict.largest == 0 else 1
 
 
-def _progress(pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any]) -> Callable[[Step], None]:
+def _progress(
+    pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any], sources: dict[str, Any]
+) -> Callable[[Step], None]:
     """A bar on the terminal over all steps of all batches."""
-    given = pipe.resolve(Settings(**settings))
+    from ldm_pipe.editing.source import Source
+
+    given = pipe.resolve(Settings(**settings), Source(sources["init_image"], sources.get("mask")) if sources else None)
     batches = -(-len(prompts) * given.num_images // given.batch_size)
-    total, done = batches * int(given.steps or 1), 0
+    total, done = batches * given.walked, 0
 
     def show(step: Step) -> None:
         nonlocal done

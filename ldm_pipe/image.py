@@ -3,13 +3,54 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, ImageOps
+
+from ldm_pipe.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+MOST_PIXELS = 64_000_000
+
+
+def read(path: str | os.PathLike[str], flag: str = "image") -> Image.Image:
+    """A picture from an untrusted file as RGB: upright, transparency on white, 16 bits scaled to 8, the first frame.
+
+    Raises UsageError, naming `flag` and the file, on what is no picture, is damaged or has over 64 million pixels.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"{flag} {str(path)!r:.160} is not a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with Image.open(path, formats=FORMATS) as found:
+                if found.width * found.height > MOST_PIXELS:
+                    raise UsageError(f"{flag} {str(path)!r:.160} has more than {MOST_PIXELS // 10**6} million pixels")
+                found.load()
+                return _plain(ImageOps.exif_transpose(found))
+    except UsageError:
+        raise
+    except (OSError, ValueError, SyntaxError, Warning) as error:  # what Pillow raises on damaged files
+        wanted = f"it takes a whole {', '.join(FORMATS)} file"
+        raise UsageError(f"{flag} {str(path)!r:.160} cannot be read as a picture; {wanted}") from error
+
+
+def _plain(picture: Image.Image) -> Image.Image:
+    """8 bits of red, green and blue."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        deep = picture.convert("F")
+        top = 65535.0 if picture.mode != "F" or deep.getextrema()[1] > 1 else 1.0  # type: ignore[operator]
+        picture = deep.point(lambda v: v * (255.0 / top)).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

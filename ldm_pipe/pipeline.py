@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from ldm_pipe import image, memory
 from ldm_pipe.cond import Cond
 from ldm_pipe.device import pick_device, pick_dtype
-from ldm_pipe.errors import EnvironmentFault, NumericalError
+from ldm_pipe.editing.keep import Keep
+from ldm_pipe.editing.source import Source
+from ldm_pipe.errors import EnvironmentFault, NumericalError, UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
-from ldm_pipe.model import Rule, guided
+from ldm_pipe.model import Denoiser, Rule, guided
 from ldm_pipe.noise import Noise
 from ldm_pipe.plan import Plan, plan, resolve
 from ldm_pipe.settings import Settings
@@ -33,7 +35,8 @@ PROBE = 16  # latent pixels of the small run from which a large one's memory is 
 class Output:
     """What a call returns: one entry per image, prompts in order, each prompt's images together.
 
-    latents: [N,C,h,w]. places: (size of the batch an image was computed in, its row there). evaluations: how many images the
+    latents: [N,C,h,w]. places: (size of the batch an image was computed in, its row there). sources: SHA-256 of the pixels an
+    edit started from. evaluations: how many images the
     network saw, per branch. notices: sentences for the user.
     """
 
@@ -45,6 +48,7 @@ class Output:
     evaluations: Counter[str]
     notices: tuple[str, ...] = ()
     places: tuple[tuple[int, int], ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +86,17 @@ class Pipeline:
         prompt: str | Sequence[str],
         rule: Rule | None = None,
         on_step: Callable[[Step], None] | None = None,
+        init_image: Image | None = None,
+        mask: Image | None = None,
         **settings: Any,
     ) -> Output:
         """Make images. prompt: one or several; settings: the fields of `Settings` (seed=7, steps=25, num_images=4, ...).
 
-        rule: guidance other than CFG(guidance_scale). on_step: called after every step of every batch.
-        Raises UsageError on wrong settings, NumericalError where a result is not finite.
+        rule: guidance other than CFG(guidance_scale). on_step: called after every step of every batch. init_image: start from
+        this picture, noised by `strength` (0.6 where it is not given); mask: greys of its size, white = drawn anew, black =
+        kept to the bit. Raises UsageError on wrong settings, NumericalError where a result is not finite.
         """
-        parts = list(self.batches(prompt, rule, on_step, **settings))
+        parts = list(self.batches(prompt, rule, on_step, init_image, mask, **settings))
         return Output(
             [i for part in parts for i in part.images],
             torch.cat([part.latents for part in parts]),
@@ -99,6 +106,7 @@ class Pipeline:
             sum((part.evaluations for part in parts), Counter()),
             tuple(dict.fromkeys(n for part in parts for n in part.notices)),
             tuple(place for part in parts for place in part.places),
+            parts[0].sources,
         )
 
     def batches(
@@ -106,14 +114,19 @@ class Pipeline:
         prompt: str | Sequence[str],
         rule: Rule | None = None,
         on_step: Callable[[Step], None] | None = None,
+        init_image: Image | None = None,
+        mask: Image | None = None,
         **settings: Any,
     ) -> Iterator[Output]:
         """The same, batch by batch as they are finished; each Output holds the images of one batch.
 
         Where memory runs out, batches become smaller (the images stay the same), then EnvironmentFault says which size fits.
         """
-        given = self.resolve(Settings(**settings))
-        whole = plan(self.bundle, (prompt,) if isinstance(prompt, str) else tuple(prompt), given, rule)
+        if mask is not None and init_image is None:
+            raise UsageError("a mask goes with an init image")
+        source = Source(init_image, mask) if init_image is not None else None
+        given = resolve(self.bundle, Settings(**settings), source)
+        whole = plan(self.bundle, (prompt,) if isinstance(prompt, str) else tuple(prompt), given, rule, source)
         size, notes = self._room(whole, given.batch_size), list[str]()
         first = 0
         while first < len(whole.rows):
@@ -136,9 +149,9 @@ class Pipeline:
         given = self.resolve(Settings(**settings))
         yield from self._walk(plan(self.bundle, (prompt,), given, rule).batch(0, given.batch_size), Counter())
 
-    def resolve(self, settings: Settings) -> Settings:
-        """The settings with every None decided: the model's defaults, a drawn seed."""
-        return resolve(self.bundle, settings)
+    def resolve(self, settings: Settings, source: Source | None = None) -> Settings:
+        """The settings with every None decided: the model's defaults, a drawn seed. source: what an edit starts from."""
+        return resolve(self.bundle, settings, source)
 
     def forecast(self, height: int, width: int, images: int = 1) -> int:
         """About how many bytes a step needs for images of this size in pixels under guidance (measured on a small one)."""
@@ -170,10 +183,14 @@ class Pipeline:
             if on_step:
                 on_step(step)
         images = image.to_pil(self._decoded(x, notes))
+        if part.source is not None:
+            images = part.source.paste(images)
         heard = [n for p in dict.fromkeys(part.prompts) for n in self.bundle.text.notices(p)]
         count = len(images)
         places = tuple((count, row) for row in range(count))
-        return Output(images, x, part.seeds, part.prompts, given, evaluations, tuple(dict.fromkeys([*heard, *notes])), places)
+        sources = part.source.digests if part.source is not None else {}
+        told = tuple(dict.fromkeys([*heard, *notes]))
+        return Output(images, x, part.seeds, part.prompts, given, evaluations, told, places, sources)
 
     def _decoded(self, latents: Tensor, notes: list[str]) -> Tensor:
         """Finite images of latents; a decoder that overflows in fp16 is asked again in fp32."""
@@ -185,14 +202,25 @@ class Pipeline:
 
     def _walk(self, part: Plan, evaluations: Counter[str]) -> Iterator[Step]:
         noise = Noise(part.seeds, part.shape, self.device)
-        x = part.sampler.start(noise.start(), part.levels[0])
         branches = self.bundle.model.branches(**self._conds(part))
-        for step in trajectory(guided(branches, part.rule), x, part.levels, part.sampler, noise):
+        denoise, x = self._started(part, guided(branches, part.rule), noise.start())
+        for step in trajectory(denoise, x, part.levels, part.sampler, noise):
             where = f"at step {step.number + 1} of {len(part.levels) - 1}"
             _finite(step.estimate.x0, f"the network's estimate {where} holds")
             _finite(step.x, f"the latents {where} hold")
             yield step
         evaluations.update(branches.evaluations)
+
+    def _started(self, part: Plan, denoise: Denoiser, noise: Tensor) -> tuple[Denoiser, Tensor]:
+        """The denoiser of a run and its first x: all noise, or the noised picture of an edit, its known part held."""
+        if part.source is None:
+            return denoise, part.sampler.start(noise, part.levels[0])
+        with torch.no_grad():
+            x0 = part.source.latents(self.bundle.codec, self.device)
+        mask = part.source.latent_mask(self.bundle.codec.factor, self.device)
+        if mask is not None:
+            denoise = Keep(x0, mask, float(part.levels[0].u))(denoise)
+        return denoise, part.levels[0].mix(x0, noise)
 
     def _conds(self, part: Plan) -> dict[str, Cond]:
         """The two usual branches, from one call of the text encoder."""

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ldm_pipe import registry
+from ldm_pipe.editing.source import Source
 from ldm_pipe.errors import UsageError
 from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.guide import parse
 from ldm_pipe.level import Level
+from ldm_pipe.levels import tail
 from ldm_pipe.loading import Bundle
 from ldm_pipe.model import Rule
 from ldm_pipe.noise import seeds_of
@@ -24,7 +26,7 @@ Row = tuple[str, int]
 class Plan:
     """A run, all decisions taken: every image's (prompt, seed), along which levels, by which sampler and rule.
 
-    shape: (C, h, w) of one latent.
+    shape: (C, h, w) of one latent. source: the picture that an edit starts from.
     """
 
     rows: tuple[Row, ...]
@@ -33,6 +35,7 @@ class Plan:
     sampler: Sampler
     rule: Rule
     shape: tuple[int, int, int]
+    source: Source | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -49,8 +52,12 @@ class Plan:
         return replace(self, rows=self.rows[first : first + size])
 
 
-def resolve(bundle: Bundle, settings: Settings) -> Settings:
-    """The settings with every None decided: the model's defaults, a drawn seed."""
+def resolve(bundle: Bundle, settings: Settings, source: Source | None = None) -> Settings:
+    """The settings with every None decided: the model's defaults, a drawn seed. source: what an edit starts from."""
+    if settings.strength is not None and source is None:
+        raise UsageError("strength goes with an init image")
+    if source is not None and settings.strength is None:
+        settings = replace(settings, strength=1.0 if source.mask is not None else 0.6)
     d, codec = bundle.defaults, bundle.codec
     settings = replace(settings, height=settings.height or d.size[1], width=settings.width or d.size[0])
     check_sides(settings, codec.factor)
@@ -67,8 +74,10 @@ def resolve(bundle: Bundle, settings: Settings) -> Settings:
     )
 
 
-def plan(bundle: Bundle, prompts: Sequence[str], given: Settings, rule: Rule | None = None) -> Plan:
-    """The plan of a run with resolved settings. rule: instead of the settings' guidance."""
+def plan(
+    bundle: Bundle, prompts: Sequence[str], given: Settings, rule: Rule | None = None, source: Source | None = None
+) -> Plan:
+    """The plan of a run with resolved settings. rule: instead of the settings' guidance. source: where an edit starts."""
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise UsageError(f"prompt takes one text or several, got {prompts!r:.60}")
     codec = bundle.codec
@@ -77,7 +86,10 @@ def plan(bundle: Bundle, prompts: Sequence[str], given: Settings, rule: Rule | N
     shape = (codec.channels, int(given.height or 0) // codec.factor, int(given.width or 0) // codec.factor)
     if rule is None:
         rule = parse(given.guide) if given.guide else CFG(float(given.guidance_scale or 0.0))
-    return Plan(_rows(prompts, given), given.negative_prompt, tuple(levels), sampler, rule, shape)
+    walk = tail(levels, given.strength) if given.strength else levels
+    if source is not None:
+        source = source.fitted(int(given.width or 0), int(given.height or 0))
+    return Plan(_rows(prompts, given), given.negative_prompt, tuple(walk), sampler, rule, shape, source)
 
 
 def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:

@@ -34,13 +34,15 @@ EXIF_LIMIT = 55_000  # characters; an EXIF block of a JPEG ends at 64 kB
 class Recipe:
     """What made one image. seed: the image's own; batch, row: how many were computed together, and which this one was.
 
-    digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
+    sources: SHA-256 of the pixels an edit started from. digests: SHA-256 of the weight files that were checked on load;
+    versions: of the libraries; threads: of the CPU.
     """
 
     prompt: str
     seed: int
     negative_prompt: str = ""
     steps: int = 1
+    strength: float | None = None
     guidance_scale: float = 1.0
     guide: str | None = None
     sampler: str = ""
@@ -51,6 +53,7 @@ class Recipe:
     width: int = 0
     batch: int = 1
     row: int = 0
+    sources: dict[str, Any] = field(default_factory=dict)
     model: str = "builtin"
     digests: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -82,6 +85,7 @@ class Recipe:
         if self.negative_prompt:
             lines.append(f"Negative prompt: {' '.join(self.negative_prompt.split())}")
         facts = {"Steps": self.steps, "Sampler": self.sampler, "Schedule type": self.spacing, "CFG scale": self.guidance_scale}
+        facts |= {} if self.strength is None else {"Denoising strength": self.strength}
         facts |= {"Seed": self.seed, "Size": f"{self.width}x{self.height}", "Model": self.model, "Version": "ldm_pipe"}
         return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in facts.items())])
 

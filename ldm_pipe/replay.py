@@ -11,9 +11,12 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import __version__
+from ldm_pipe.errors import UsageError
 from ldm_pipe.recipe import FORMATS, Recipe, encode
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ldm_pipe.pipeline import Output, Pipeline
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "pillow")
@@ -30,7 +33,7 @@ def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
     return Recipe(
         **given
         | {"prompt": out.prompts[index], "seed": out.seeds[index]}
-        | {"batch": batch, "row": row}
+        | {"batch": batch, "row": row, "sources": dict(out.sources)}
         | {"model": pipe.name, "digests": dict(pipe.bundle.digests), "dtype": str(pipe.dtype).removeprefix("torch.")}
         | {"device": platform.machine() if cpu else torch.cuda.get_device_name(pipe.device)}
         | {"threads": torch.get_num_threads() if cpu else 0, "versions": _versions()}
@@ -57,14 +60,23 @@ class Verdict:
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The keywords of the pipeline that run a recipe again."""
-    names = ("negative_prompt", "steps", "guidance_scale", "guide", "sampler", "spacing", "sampler_set", "spacing_set")
-    given = {n: getattr(recipe, n) for n in (*names, "height", "width")}
+    names = ("negative_prompt", "steps", "strength", "guidance_scale", "guide", "sampler", "spacing", "height", "width")
+    given = {n: getattr(recipe, n) for n in (*names, "sampler_set", "spacing_set")}
     return given | {"seeds": (recipe.seed,) * recipe.batch, "batch_size": recipe.batch}
 
 
-def again(recipe: Recipe, pipe: Pipeline) -> Output:
-    """Run a recipe. The image is computed in a batch of the recorded size, at its place in it."""
-    out = pipe([recipe.prompt] * recipe.batch, **settings_of(recipe))
+def again(recipe: Recipe, pipe: Pipeline, init_image: Image | None = None, mask: Image | None = None) -> Output:
+    """Run a recipe. The image is computed in a batch of the recorded size, at its place in it. init_image, mask: what it
+    started from. Raises UsageError where those are not the ones it was made from."""
+    given = {"init_image": init_image, "mask": mask}
+    for name in given:
+        if (name in recipe.sources) != (given[name] is not None):
+            wanted = "is needed: the image was made from one" if name in recipe.sources else "was not used for it"
+            raise UsageError(f"--{name.replace('_', '-')} {wanted}")
+    out = pipe([recipe.prompt] * recipe.batch, init_image=init_image, mask=mask, **settings_of(recipe))
+    for name, digest in out.sources.items():
+        if digest != recipe.sources[name]:
+            raise UsageError(f"--{name.replace('_', '-')} is not the picture that the image was made from")
     row = slice(recipe.row, recipe.row + 1)
     kept = {n: getattr(out, n)[row] for n in ("images", "latents", "prompts", "seeds", "places")}
     return dataclasses.replace(out, **kept)
@@ -73,10 +85,10 @@ def again(recipe: Recipe, pipe: Pipeline) -> Output:
 def verify(path: str | os.PathLike[str], recipe: Recipe, out: Output, pipe: Pipeline) -> Verdict:
     """Compare an image file with its replay, which goes through the same file format first."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image as Picture
 
-    with Image.open(path, formats=FORMATS) as original:
-        copy = Image.open(io.BytesIO(encode(out.images[0], None, original.format or "PNG")))
+    with Picture.open(path, formats=FORMATS) as original:
+        copy = Picture.open(io.BytesIO(encode(out.images[0], None, original.format or "PNG")))
         before, after = (np.asarray(i.convert("RGB"), dtype=int) for i in (original, copy))
     largest = 255 if before.shape != after.shape else int(np.abs(before - after).max())
     return Verdict(largest, tuple(recipe.differences(recipe_of(out, pipe, 0))))

@@ -17,7 +17,7 @@ from ldm_pipe.settings import Settings, check_device, check_dtype, check_sides
 
 SETTINGS = (
     "negative_prompt", "seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width",
-    "batch_size",
+    "batch_size", "strength",
 )  # fmt: skip
 MOST_TEXT = 64_000_000
 
@@ -42,6 +42,9 @@ class Request:
     height: int | None = None
     width: int | None = None
     batch_size: int = 16
+    init_image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
     dtype: str = "auto"
     device: str = "auto"
     grid: bool = False
@@ -92,6 +95,8 @@ class Request:
                 raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value")
             found[f"{kind}_set"][name] = value
         settings = Settings(**found)
+        if self.init_image is None and (self.mask is not None or self.strength is not None):
+            raise UsageError("--mask and --strength go with --init-image FILE")
         check_device(self.device)
         check_dtype(self.dtype)
         check_sides(settings, _factor(self.model))

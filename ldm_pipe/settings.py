@@ -17,6 +17,7 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 class Settings:
     """What to make. None means the model's own default.
 
+    strength: with an init image, the share of the walk that is run, above 0 to 1 = all of it.
     seed: of the first image of every prompt, 0..2^64 - 1 (image k has seed + k); None draws one. seeds: one for each prompt
     instead. steps: of the walk. guidance_scale: of classifier-free guidance, 1 = none. guide: a rule instead, such as
     "cfg(5) | between(0.2, 0.9)". sampler, spacing: registered names; sampler_set, spacing_set: their fields. num_images: per
@@ -37,6 +38,12 @@ class Settings:
     height: int | None = None
     width: int | None = None
     batch_size: int = 16
+    strength: float | None = None
+
+    @property
+    def walked(self) -> int:
+        """The steps that are really run: of `steps` the share `strength`, at least one."""
+        return max(1, round((self.steps or 1) * (self.strength or 1.0)))
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, 10_000)
@@ -46,8 +53,10 @@ class Settings:
         _whole("width", self.width, 1, LARGEST_SIDE)
         for seed in (self.seed, *(self.seeds or ())):
             _whole("seed", seed, 0, 2**64 - 1)
+        if self.strength is not None and not (_number(self.strength) and 0 < self.strength <= 1):
+            raise UsageError(f"strength is {self.strength!r}; it takes a number above 0, at most 1 = all noise")
         scale = self.guidance_scale
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)):
+        if scale is not None and not _number(scale):
             raise UsageError(f"guidance_scale is {scale!r}; it takes a finite number, 1 = no guidance")
 
 
@@ -70,6 +79,10 @@ def check_sides(settings: Settings, factor: int) -> None:
         if value is not None and value % factor:
             near = max(factor, round(value / factor) * factor)
             raise UsageError(f"{name} is {value}; it takes a multiple of {factor}, such as {near}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:

@@ -1,0 +1,1 @@
+"""Editing: what starts from a picture and keeps a part of it."""
