@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import signal
@@ -12,8 +13,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ldm_pipe import __version__, commands
-from ldm_pipe.errors import LdmError, UsageError, unknown
+from ldm_pipe.errors import LdmError, UsageError
+from ldm_pipe.output import FIELDS, NAME
 from ldm_pipe.request import Request
+
+# A settings field at the head of a sentence: on the command line it is a flag.
+_FIELD = re.compile(r"^(steps|num_images|batch_size|height|width|seed|strength|guidance_scale|sampler|spacing)(?= is )")
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,13 +26,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError; `main` prints it."""
+        message = re.sub(r"^argument ", "", message)
         flag = re.match(r"unrecognized arguments: (-\S+)", message)
+        lacks = re.match(r"(?:-\w/)?(--[\w-]+): expected one argument", message)
         if flag:
-            known = [o for a in self._actions for o in a.option_strings]
-            message = unknown("flag", flag[1].split("=")[0], known)
+            given = flag[1].split("=")[0]
+            near = difflib.get_close_matches(given, [o for a in self._actions for o in a.option_strings], n=1, cutoff=0.5)
+            message = f"{given!r} is not a flag;" + (f" did you mean {near[0]!r}?" if near else "") + " --help shows them all"
         elif message.startswith("unrecognized arguments: "):
-            message = f"{message[24:64]!r} stands without a flag; give the prompt with --prompt"
-        raise UsageError(re.sub(r"^argument ", "", message))
+            message = f"{message[24:64]!r} stands without a flag; give the prompt with --prompt, in quotes: -p 'a red fox'"
+        elif lacks:
+            name = next(a.metavar or "VALUE" for a in self._actions if lacks[1] in a.option_strings)
+            message = f"{lacks[1]} needs a value: {lacks[1]} {name}"
+        raise UsageError(message)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,39 +46,41 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="generate",
         description="Make images from prompts with a latent diffusion model.",
-        epilog='example: generate --prompt "a fox on a blue background" --num-images 4 --grid --seed 7',
+        epilog='example: generate --prompt "a fox on a blue background" --num-images 4 --grid --seed 7. ' + commands.defaults(),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = p.add_argument
+    fields = " ".join(f"{{{field}}}" for field in FIELDS)
     add("-p", "--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times; - reads stdin")
     add("--prompts", metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": ..., "seed": ...}')
     add("-n", "--negative-prompt", metavar="TEXT", help="what to move away from")
     add("-m", "--model", metavar="SOURCE", help="builtin (default), or a folder in diffusers' layout")
-    add("-o", "--output", metavar="PATH", help="a folder, or a .png, .jpg or .webp name; {seed}, {prompt}, "
-        "{index:03} are filled in (default: outputs/{prompt}-{seed}.png)")
-    add("--num-images", type=int, metavar="N", help="images per prompt; image k has seed + k (default: 1)")
-    add("--seed", type=int, metavar="N", help="seed of the first image, 0 to 2^64 - 1 (default: drawn and printed)")
-    add("--steps", type=int, metavar="N", help="steps of the sampler (default: the model's)")
-    add("--guidance-scale", type=float, metavar="X", help="classifier-free guidance, 1 = none (default: the model's)")
-    add("--guide", metavar="RULES", help='instead of --guidance-scale: "cfg(5) | rescale(0.7) | between(0.2, 0.9)"')
+    add("-o", "--output", metavar="PATH", help="a folder, or a .png, .jpg or .webp name in which fields are filled in: "
+        f"{fields}, or {{index:03}}; a filled-in name that is taken gets a number (default: outputs/{NAME})")
+    add("--num-images", metavar="N", help="images per prompt; image k has seed + k (default: 1)")
+    add("--seed", metavar="N", help="seed of the first image, 0 to 2^64 - 1 (default: drawn and printed)")
+    add("--steps", metavar="N", help="steps of the sampler (default: the model's)")
+    add("--guidance-scale", metavar="X", help="classifier-free guidance, 1 = none (default: the model's)")
+    add("--guide", metavar="RULES", help='instead of --guidance-scale: "cfg(5) | rescale(0.7) | between(0.2, 0.9)", '
+        "each around the one before; between: only while the noise u, which falls from 1 to 0, is there (--list rules)")
     add("--sampler", metavar="NAME", help="see --list samplers (default: the model's)")
     add("--spacing", metavar="NAME", help="see --list spacings (default: the model's)")
     add("--set", action="append", metavar="K=V", help="a field of a method: sampler.eta=0.5, spacing.shift=3")
-    add("--height", type=int, metavar="PX", help="of an image (default: the model's)")
-    add("--width", type=int, metavar="PX", help="of an image (default: the model's)")
+    add("--height", metavar="PX", help="of an image (default: the model's)")
+    add("--width", metavar="PX", help="of an image (default: the model's)")
     add("--init-image", metavar="FILE", help="start from a picture instead of noise")
-    add("--strength", type=float, metavar="X", help="with --init-image: the share of the steps run, 0 to 1 (default: 0.6)")
+    add("--strength", metavar="X", help="with --init-image: the share of the steps run, 0 to 1 (default: 0.6)")
     add("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black kept to the bit (strength: 1)")
-    add("--batch-size", type=int, metavar="N", help="images computed together (default: 16)")
+    add("--batch-size", metavar="N", help="images computed together (default: 16)")
     add("--dtype", help="auto (default), fp32, bf16 or fp16")
     add("--device", help="auto (default), cpu, cuda or cuda:N")
     add("--config", metavar="FILE", help="a TOML file whose keys are these flags; flags win")
     add("--grid", action="store_true", help="also write all images as one contact sheet")
     add("--force", action="store_true", help="overwrite existing files")
     add("--list", nargs="?", const="all", metavar="KIND", help=f"show {', '.join(commands.PLURALS)} or words, and exit")
-    add("--show", metavar="IMAGE", help="print the recipe in an image, and exit")
-    add("--replay", metavar="IMAGE", help="make an image again from the recipe in it")
+    add("--show", metavar="IMAGE", help="print what an image was made with, and exit (--json: everything)")
+    add("--replay", metavar="IMAGE", help="make an image again, from the recipe in it alone")
     add("--verify", action="store_true", help="with --replay: compare with the image instead of writing")
     add("--json", action="store_true", help="print one JSON object on stdout instead of paths")
     add("--quiet", action="store_true", help="print nothing but errors and paths")
@@ -77,29 +90,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 2 wrong use or model, 3 the machine, 4 not finite, 130, 141 and
-    143 interrupted by Ctrl-C, a closed pipe and SIGTERM; what was finished before stays."""
+    """Run the command line. Returns the exit code: 0 done, 2 wrong use or model, 3 the machine, 4 not finite, 70 our own
+    fault, 130, 141 and 143 stopped by Ctrl-C, a closed pipe and SIGTERM; what was finished before stays."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    code = 0
     previous = _on_terminate()
     try:
-        request = Request.of(vars(parser().parse_args(argv)))
-        code = commands.run(request)
+        code = commands.run(Request.of(vars(parser().parse_args(argv))))
         sys.stdout.flush()
-        return code
     except LdmError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        code = _say(_FIELD.sub(lambda m: f"--{m[0].replace('_', '-')}", str(error)), error.exit_code)
     except KeyboardInterrupt as stop:
-        print("\nerror: interrupted; images that were finished are kept", file=sys.stderr)
-        return stop.args[0] if stop.args else 130
+        code = _say(f"interrupted; {getattr(stop, 'kept', 'nothing was finished')}", stop.args[0] if stop.args else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said to a reader who has left
-        return 128 + signal.SIGPIPE
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if debug:
+            raise
+        code = _say(f"cannot write to standard output: {error.strerror or error}; images that were finished are kept", 3)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if debug:
+            raise
+        code = _say(f"a fault of this program ({type(error).__name__}: {str(error)[:160]}); --debug shows where", 70)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return code
+
+
+def _say(message: str, code: int) -> int:
+    """One line on stderr; the exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def _on_terminate() -> dict[int, Any]:

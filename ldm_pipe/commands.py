@@ -30,7 +30,8 @@ def run(request: Request) -> int:
     if request.list is not None:
         return _list(request.list)
     if request.show is not None:
-        print(json.dumps(dataclasses.asdict(recipe.read(request.show)), indent=1))
+        found = recipe.read(request.show)
+        print(json.dumps(dataclasses.asdict(found), indent=1) if request.json else found.summary())
         return 0
     return _generate(request) if request.replay is None else _replay(request, request.replay)
 
@@ -44,16 +45,27 @@ def _list(kind: str) -> int:
     for plural in PLURALS if kind == "all" else (kind,):
         print(f"{plural}:")
         for entry in registry.entries(PLURALS[plural]):
-            fields = ", ".join(f"{n}={d}" for n, d in entry.fields)
+            fields = ", ".join(f"{n}={d}" for n, d in entry.fields if "(" not in d)  # not the wrapped rule
             print(f"  {entry.name:<10} {entry.summary}" + (f"\n{'':13}{fields}" if fields else ""))
     return 0
 
 
 def _words() -> list[str]:
+    return list(_builtin()["words"])
+
+
+def defaults() -> str:
+    """The built-in model's defaults, for the help."""
+    d = _builtin()
+    width, height = d["size"]
+    return f"builtin: {d['steps']} steps, scale {d['guidance_scale']}, {d['sampler']}, {d['spacing']}, {width}x{height} pixels"
+
+
+def _builtin() -> dict[str, Any]:
     path = Path(__file__).resolve().parent / "builtin" / "ldm_pipe.json"
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["words"])
-    except (OSError, ValueError, KeyError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise ModelError(f"builtin/ldm_pipe.json cannot be read: {type(error).__name__}") from error
 
 
@@ -72,20 +84,26 @@ def _generate(request: Request) -> int:
     say = Notes(request.quiet)
     say(pick_dtype(request.dtype, pick_device(request.device))[1])
     pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
-    for prompt in prompts:
+    for prompt in (*prompts, request.negative_prompt):
         say(*pipe.bundle.text.notices(prompt))
     bar = _progress(pipe, prompts, settings, sources) if sys.stderr.isatty() and not request.quiet else None
     done: list[Output] = []
     paths: list[Path] = []
-    for out in pipe.batches(prompts, None, bar, **sources, **settings):
-        say(*out.notices)
-        paths += _write(out, pipe, target, len(paths))
-        done.append(out)
-        if not request.json:
-            print(*paths[-len(out.images) :], sep="\n", flush=True)
+    try:
+        for out in pipe.batches(prompts, None, bar, **sources, **settings):
+            say(*out.notices)
+            paths += _write(out, pipe, target, len(paths))
+            done.append(out)
+            if not request.json:
+                print(*paths[-len(out.images) :], sep="\n", flush=True)
+    except KeyboardInterrupt as stop:
+        count = len(prompts) * request.num_images
+        stop.kept = f"{len(paths)} of {count} image(s) are finished and kept in {str(target.folder)!r}"  # type: ignore[attr-defined]
+        raise
     if request.grid:
         sheet = recipe.encode(image.grid([i for out in done for i in out.images]), None, target.format)
-        paths.append(target.write(sheet, _values(done[0], pipe, 0, 0), "-grid"))
+        one = {} if len(set(prompts)) == 1 else {"prompt": f"{len(prompts)} prompts"}
+        paths.append(target.write(sheet, _values(done[0], pipe, 0, 0) | one, "-grid"))
         if not request.json:
             print(paths[-1])
     if request.json:
@@ -93,9 +111,20 @@ def _generate(request: Request) -> int:
     if not request.quiet:
         count, given = sum(len(o.images) for o in done), done[0].settings
         walked = f", {given.walked} of {given.steps} steps" if given.strength else ""
+        seeds = [s for out in done for s in out.seeds]
         took = time.perf_counter() - started
-        print(f"{count} image(s), seed {done[0].seeds[0]}{walked}, {took:.1f} s", file=sys.stderr)
+        print(f"{count} image{'s'[: count > 1]}, {_seeds(seeds)}{walked}, {took:.1f} s", file=sys.stderr)
     return 0
+
+
+def _seeds(seeds: list[int]) -> str:
+    """seed 7; seeds 7 to 10; seeds 11, 22, 33."""
+    distinct = sorted(set(seeds))
+    if len(distinct) == 1:
+        return f"seed {distinct[0]}"
+    if distinct == list(range(distinct[0], distinct[-1] + 1)):
+        return f"seeds {distinct[0]} to {distinct[-1]}"
+    return f"seeds {', '.join(map(str, distinct[:6]))}{', ...' if len(distinct) > 6 else ''}"
 
 
 def _sources(request: Request) -> dict[str, Any]:

@@ -21,7 +21,10 @@ def parse(text: str) -> Rule:
     for name, fields in calls(text):
         if rule is not None and "rule" not in dict(registry.entry("rule", name).fields):
             raise UsageError(f"--guide {text!r}: {name} wraps no other rule; put it first")
-        rule = registry.build("rule", name, **fields, **({} if rule is None else {"rule": rule}))
+        try:
+            rule = registry.build("rule", name, **fields, **({} if rule is None else {"rule": rule}))
+        except UsageError as error:
+            raise UsageError(f"--guide: {error}") from error
     assert rule is not None
     return rule
 
@@ -39,7 +42,8 @@ def _call(part: str, text: str) -> tuple[str, dict[str, Any]]:
     if isinstance(node, ast.Name):
         node = ast.Call(node, [], [])
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        raise UsageError(f"--guide {text[:80]!r} is not of the form cfg(5) | between(0.2, 0.9)")
+        plain = "; for a scale alone there is --guidance-scale" if isinstance(node, ast.Constant) else ""
+        raise UsageError(f"--guide {text[:80]!r} is not of the form cfg(5) | between(0.2, 0.9){plain}")
     name = node.func.id
     names = [n for n, _ in registry.entry("rule", name).fields if n != "rule"]
     if len(node.args) > len(names):
@@ -52,6 +56,8 @@ def _call(part: str, text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _literal(node: ast.expr, name: str, field: str) -> Any:
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in registry.KINDS["rule"]:
+        raise UsageError(f"--guide: a rule cannot stand inside another; write {ast.unparse(node)[:40]} | {name}(...)")
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError) as error:

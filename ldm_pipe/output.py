@@ -32,7 +32,7 @@ class Target:
         given = "outputs" if given is None else given
         _check_name(given)
         path = Path(given)
-        if path.is_dir() or not (path.suffix or _FIELD.search(path.name)):
+        if path.is_dir() or not (path.suffix or set("{}") & set(path.name)):
             target = cls(path, NAME, force)
         else:
             _check_template(path, given, count, force)
@@ -92,7 +92,9 @@ def _check_template(path: Path, given: str, count: int, force: bool) -> None:
     if re.search(r"[{}]", _FIELD.sub("", path.name)):
         raise UsageError(f"--output {given!r}: a brace is left open; fields are written {{seed}}")
     if not fields and count > 1:
-        raise UsageError(f"--output {given!r} is one file, but {count} are made; give a folder, or a name with {{seed}} in it")
+        raise UsageError(
+            f"--output {given!r} is one file, but {count} are made (a sheet counts too); give a folder, or a name with {{seed}}"
+        )
     if not fields and path.exists() and not force:
         raise UsageError(f"--output {given!r} exists; --force overwrites it")
 

@@ -185,7 +185,7 @@ class Pipeline:
         images = image.to_pil(self._decoded(x, notes))
         if part.source is not None:
             images = part.source.paste(images)
-        heard = [n for p in dict.fromkeys(part.prompts) for n in self.bundle.text.notices(p)]
+        heard = [n for p in dict.fromkeys((*part.prompts, part.negative)) for n in self.bundle.text.notices(p)]
         count = len(images)
         places = tuple((count, row) for row in range(count))
         sources = part.source.digests if part.source is not None else {}

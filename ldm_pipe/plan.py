@@ -68,10 +68,14 @@ def resolve(bundle: Bundle, settings: Settings, source: Source | None = None) ->
         settings,
         seed=seed,
         steps=settings.steps or d.steps,
-        guidance_scale=float(d.guidance_scale if settings.guidance_scale is None else settings.guidance_scale),
+        guidance_scale=None if settings.guide else float(_or(settings.guidance_scale, d.guidance_scale)),
         sampler=settings.sampler or d.sampler,
         spacing=settings.spacing or d.spacing,
     )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def plan(

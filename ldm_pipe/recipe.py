@@ -43,7 +43,7 @@ class Recipe:
     negative_prompt: str = ""
     steps: int = 1
     strength: float | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     guide: str | None = None
     sampler: str = ""
     spacing: str = ""
@@ -79,12 +79,25 @@ class Recipe:
             found += [f"{n}: {_short(mine.get(n))} -> {_short(theirs.get(n))}" for n in names if mine.get(n) != theirs.get(n)]
         return found
 
+    def summary(self) -> str:
+        """What a person wants to know first, a fact a line."""
+        rows = {"prompt": self.prompt, "negative prompt": self.negative_prompt, "seed": self.seed, "steps": self.steps}
+        rows |= {"strength": self.strength, "sampler": self._with(self.sampler, self.sampler_set)}
+        rows |= {"spacing": self._with(self.spacing, self.spacing_set), "guidance": self.guide or self.guidance_scale}
+        rows |= {"size": f"{self.width}x{self.height}", "model": self.model, "made with": f"{self.dtype} on {self.device}"}
+        return "\n".join(f"{name + ':':<17}{value}" for name, value in rows.items() if value not in (None, ""))
+
+    @staticmethod
+    def _with(name: str, fields: Mapping[str, Any]) -> str:
+        return name + "".join(f", {k}={v}" for k, v in fields.items())
+
     def parameters(self) -> str:
         """The text that AUTOMATIC1111 writes and other tools read. A line break in a prompt is a space there."""
         lines = [" ".join(self.prompt.split())]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {' '.join(self.negative_prompt.split())}")
-        facts = {"Steps": self.steps, "Sampler": self.sampler, "Schedule type": self.spacing, "CFG scale": self.guidance_scale}
+        facts = {"Steps": self.steps, "Sampler": self.sampler, "Schedule type": self.spacing}
+        facts |= {"CFG scale": self.guidance_scale} if self.guide is None else {"Guide": f'"{" ".join(self.guide.split())}"'}
         facts |= {} if self.strength is None else {"Denoising strength": self.strength}
         facts |= {"Seed": self.seed, "Size": f"{self.width}x{self.height}", "Model": self.model, "Version": "ldm_pipe"}
         return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in facts.items())])
@@ -164,7 +177,8 @@ def _text(path: str | os.PathLike[str]) -> str:
     except (ValueError, SyntaxError, Warning) as error:
         raise UsageError(f"{str(path)!r} cannot be read as an image: {str(error)[:80]}") from error
     if not isinstance(text, str) or not text.lstrip().startswith("{"):
-        raise UsageError(f"{str(path)!r} holds no recipe of ldm_pipe")
+        why = "it was not made by generate, or saved again since, or is a contact sheet"
+        raise UsageError(f"{str(path)!r} holds no recipe: {why}")
     if len(text) > LIMIT:
         raise UsageError(f"{str(path)!r}: its recipe is longer than {LIMIT} characters")
     return text

@@ -42,6 +42,32 @@ KINDS: dict[str, dict[str, str]] = {
         "quadratic": "ldm_pipe.levels:quadratic",
         "trailing": "ldm_pipe.levels:trailing",
     },
+    "operator": {
+        "bicubic": "ldm_pipe.restore.bicubic:Bicubic",
+        "blur": "ldm_pipe.restore.blur:Blur",
+        "blur_zero": "ldm_pipe.restore.blur:BlurZero",
+        "clip": "ldm_pipe.restore.clip:Clip",
+        "cs": "ldm_pipe.restore.cs:CS",
+        "grey": "ldm_pipe.restore.grey:Grey",
+        "jpeg": "ldm_pipe.restore.jpeg:JPEG",
+        "mask": "ldm_pipe.restore.mask:Mask",
+        "pool": "ldm_pipe.restore.pool:Pool",
+    },
+    "restoration": {
+        "blended": "ldm_pipe.restore.blended:BlendedLatent",
+        "ddnm": "ldm_pipe.restore.ddnm:DDNM",
+        "ddnm_plus": "ldm_pipe.restore.ddnm_plus:DDNMPlus",
+        "ddrm": "ldm_pipe.restore.ddrm:DDRM",
+        "diffpir": "ldm_pipe.restore.diffpir:DiffPIR",
+        "dmps": "ldm_pipe.restore.dmps:DMPS",
+        "dps": "ldm_pipe.restore.dps:DPS",
+        "dps_score": "ldm_pipe.restore.dps:DPSScore",
+        "ilvr": "ldm_pipe.restore.ilvr:ILVR",
+        "psld": "ldm_pipe.restore.psld:PSLD",
+        "reddiff": "ldm_pipe.restore.reddiff:REDDiff",
+        "repaint": "ldm_pipe.restore.repaint:RePaint",
+        "truncated": "ldm_pipe.restore.truncated:Truncated",
+    },
 }
 
 

@@ -7,9 +7,9 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ldm_pipe import guide, registry, strict
 from ldm_pipe.errors import ModelError, UsageError, unknown
@@ -20,6 +20,8 @@ SETTINGS = (
     "batch_size", "strength",
 )  # fmt: skip
 MOST_TEXT = 64_000_000
+WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype")
+WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", *WITH_SHOW[1:])
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,25 @@ class Request:
         """From the flags that were given; `config` names a TOML file whose values they win over."""
         flags = dict(flags)
         path = flags.pop("config", None)
-        below = strict.build(cls, _config(path), f"--config {path!r}") if path else cls()
-        above = strict.build(cls, flags, "generate")
-        request = cls(**{**vars(below), **{n: getattr(above, n) for n in flags}})
+        below = _config(path) if path is not None else {}
+        request = strict.build(cls, below, f"--config {path!r}")
+        hints = get_type_hints(cls)
+        request = replace(request, **{n: strict.coerce(v, hints[n], f"--{n.replace('_', '-')}") for n, v in flags.items()})
         if request.verify and request.replay is None:
-            raise UsageError("--verify goes with --replay IMAGE")
-        if request.replay is not None and (request.prompt or request.prompts):
-            raise UsageError("--replay takes no prompt: the image's own recipe has one")
+            raise UsageError("--verify goes with --replay: --replay IMAGE --verify")
+        for door, taken in (("replay", WITH_REPLAY), ("show", WITH_SHOW)):
+            other = [n for n in (*flags, *below) if n not in taken]
+            if getattr(request, door) is not None and other:
+                raise UsageError(f"--{door} takes no --{other[0].replace('_', '-')}: what made the image stands in its recipe")
         return request
 
     def texts(self) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
         """The prompts, from --prompt ("-" is standard input) and --prompts, and the seeds that a .jsonl file gives them."""
         given = [sys.stdin.read().strip() if p == "-" else p for p in self.prompt]
         rows: list[tuple[str, int | None]] = [(p, None) for p in given]
-        rows += _rows(self.prompts) if self.prompts else []
+        rows += _rows(self.prompts) if self.prompts is not None else []
+        if self.prompts is not None and len(rows) == len(given):
+            raise UsageError(f"--prompts {self.prompts!r} holds no prompt")
         if not rows:
             raise UsageError('--prompt is needed, such as --prompt "a fox on a blue background"')
         seeds = [s for _, s in rows if s is not None]
@@ -92,7 +99,8 @@ class Request:
             key, equals, value = item.partition("=")
             kind, dot, name = key.partition(".")
             if not (equals and dot and kind in ("sampler", "spacing")):
-                raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value")
+                hint = f"; did you mean sampler.{item}?" if equals and not dot else ""
+                raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value{hint}")
             found[f"{kind}_set"][name] = value
         settings = Settings(**found)
         if self.init_image is None and (self.mask is not None or self.strength is not None):
@@ -125,6 +133,8 @@ def _factor(model: str) -> int:
 def _check_fields(kind: str, name: str, given: Mapping[str, Any]) -> None:
     fields = [n for n, _ in registry.entry(kind, name).fields]
     for field in given:
+        if not fields:
+            raise UsageError(f"--set {kind}.{field}: {kind} {name} has no fields")
         if field not in fields:
             raise UsageError("--set " + unknown(f"field of {kind} {name}", field, fields))
 
@@ -172,7 +182,10 @@ def _row(where: str, line: str) -> tuple[str, int | None]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--prompts {where}: not JSON") from error
-    if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and set(row) <= {"prompt", "seed"}):
+    for key in row if isinstance(row, dict) else ():
+        if key not in ("prompt", "seed"):
+            raise UsageError(f"--prompts {where}: " + unknown("key", key, ("prompt", "seed")))
+    if not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
         raise UsageError(f'--prompts {where}: a line is {{"prompt": text, "seed": whole number}}, the seed may be left out')
     seed = row.get("seed")
     return row["prompt"], None if seed is None else strict.coerce(seed, int, f"--prompts {where}: seed")

@@ -20,6 +20,7 @@ METHOD = 5
 RANKS = {
     "errors": 0, "level": 1, "strict": 1, "settings": 1, "files": 1, "prediction": 2, "path": 2, "noise": 2, "cond": 2,
     "levels": 2, "registry": 2, "model": 3, "walk": 4, "blocks": 4, "tokens": 4, "weights": 4, "loading": 6, "memory": 6,
+    "restore.spectrum": 3, "restore.operator": 4, "codec": 4,
     "plan": 7, "pipeline": 8, "replay": 9, "request": 9, "commands": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 SIBLINGS = {"ldm_pipe.guidance.cfg"}  # the rule that other rules wrap by default
@@ -65,8 +66,7 @@ def imports(nodes: Iterator[ast.AST]) -> set[str]:
 
 
 def rank(module: str) -> int:
-    parts = module.split(".")
-    return RANKS.get(parts[1], METHOD) if len(parts) == 2 else METHOD
+    return RANKS.get(module.removeprefix("ldm_pipe."), METHOD)
 
 
 def functions(path: Path) -> Iterator[tuple[Function, bool]]:

@@ -35,6 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         info.add_itxt("ldm_pipe", text)
         Image.new("RGB", (2, 2)).save(tmp_path / f"{name}.png", pnginfo=info)
     Image.new("RGB", (2, 2)).save(tmp_path / "old.png")
+    Image.new("L", (4, 4)).save(tmp_path / "big.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "folder").mkdir()

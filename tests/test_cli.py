@@ -56,11 +56,11 @@ def test_several_prompts_several_images_and_a_sheet(run, tmp_path: Path) -> None
     code, out, _ = run("-p", PROMPT, "-p", "two bees on red", "--num-images", "2", "--seed", "1", "--grid", "-o", "made")
     assert code == 0
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [
-        "a-fox-on-a-blue-background-1-grid.png", "a-fox-on-a-blue-background-1.png", "a-fox-on-a-blue-background-2.png",
+        "2-prompts-1-grid.png", "a-fox-on-a-blue-background-1.png", "a-fox-on-a-blue-background-2.png",
         "two-bees-on-red-1.png", "two-bees-on-red-2.png",
     ]  # fmt: skip
     assert len(out.splitlines()) == 5
-    with Image.open(tmp_path / "made" / "a-fox-on-a-blue-background-1-grid.png") as sheet:
+    with Image.open(tmp_path / "made" / "2-prompts-1-grid.png") as sheet:
         assert sheet.size == (66, 66)
 
 
@@ -115,7 +115,7 @@ def test_the_recipe_is_shown_and_replayed_bit_for_bit(run, tmp_path: Path) -> No
     flags = ["--seed", "3", "--num-images", "3", "--sampler", "ddpm", "-o", "made", "--guide", "cfg(2)|between(0.1,0.9)"]
     assert run("-p", PROMPT, *flags)[0] == 0
     image = "made/a-fox-on-a-blue-background-5.png"
-    code, out, _ = run("--show", image)
+    code, out, _ = run("--show", image, "--json")
     shown = json.loads(out)
     assert code == 0
     assert (shown["seed"], shown["batch"], shown["row"], shown["guide"]) == (5, 3, 2, "cfg(2)|between(0.1,0.9)")
@@ -175,7 +175,7 @@ def test_other_formats_carry_the_recipe_too(run, tmp_path: Path, name: str) -> N
     with Image.open(tmp_path / path) as picture:
         comment = picture.getexif().get_ifd(0x8769)[0x9286]
     assert comment[8:].decode("utf-16-be").endswith("Version: ldm_pipe")
-    assert json.loads(run("--show", path)[1])["seed"] == 7
+    assert json.loads(run("--show", path, "--json")[1])["seed"] == 7
     assert run("--replay", path, "--verify")[:2] == (0, f"{path}: bit-equal\n")
 
 
@@ -207,3 +207,35 @@ def test_a_full_disk_leaves_the_old_file(tiny: Tiny, tmp_path: Path) -> None:
     assert run.stderr.splitlines()[-1].startswith("error: cannot write")
     assert [p.name for p in tmp_path.iterdir()] == ["fox.png"]
     assert old.read_bytes() == b"old"
+
+
+def test_a_full_standard_output_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    flags = ["--model", str(tiny("eps")), "-p", "a fox", "--device", "cpu", "-o", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "ldm_pipe.cli", *flags], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert run.returncode == 3
+    assert run.stderr.splitlines()[-1].startswith("error: cannot write to standard output: No space left")
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_a_fault_of_ours_is_one_line_too(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("ldm_pipe.pipeline.plan", lambda *a: 1 / 0)
+    code, _, err = run("-p", "x")
+    assert code == 70
+    assert err.splitlines()[-1] == "error: a fault of this program (ZeroDivisionError: division by zero); --debug shows where"
+
+
+def test_the_summary_names_the_seeds(run) -> None:  # type: ignore[no-untyped-def]
+    assert "1 image, seed 7," in run("-p", "x", "--seed", "7")[2]
+    assert "3 images, seeds 7 to 9," in run("-p", "x", "--seed", "7", "--num-images", "3")[2]
+    (Path("p.jsonl")).write_text('{"prompt": "x", "seed": 1}\n{"prompt": "y", "seed": 5}')
+    assert "2 images, seeds 1, 5," in run("--prompts", "p.jsonl")[2]
+
+
+def test_unknown_words_are_named_in_both_prompts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["-p", "a zebra", "-n", "blurry", "--steps", "1", "-o", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "'zebra'" in err
+    assert "'blurry'" in err

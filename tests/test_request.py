@@ -51,10 +51,10 @@ def test_prompts_come_from_everywhere(tmp_path: Path, monkeypatch: pytest.Monkey
         ("c.toml", b"\xff\xfe", "is not UTF-8"),
         ("p.jsonl", "{", "p.jsonl:1: not JSON"),
         ("p.jsonl", '{"prompt": "x"}\n[1]', "p.jsonl:2: a line is"),
-        ("p.jsonl", '{"prompt": "x", "seeds": 1}', "p.jsonl:1: a line is"),
+        ("p.jsonl", '{"prompt": "x", "seeds": 1}', "did you mean 'seed'"),
         ("p.jsonl", '{"prompt": "x", "seed": "y"}', "p.jsonl:1: seed"),
         ("p.jsonl", '{"prompt": "x", "seed": 1}\n{"prompt": "y"}', "every prompt a seed, or none"),
-        ("p.jsonl", "", "--prompt is needed"),
+        ("p.jsonl", "", "holds no prompt"),
         ("none.txt", None, "cannot be read"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from ldm_pipe.model import Estimate, Rule
 
 @dataclass(frozen=True)
 class Between:
-    """The rule inside lo <= u < hi, the positive branch alone elsewhere, where the other branches are not evaluated.
+    """The rule while the noise u, which falls from 1 to 0 over a run, is in lo <= u < hi; no guidance and no cost elsewhere.
 
     lo, hi: in u = sigma / (alpha + sigma), 0..1 with 1 = all noise; the interval is half-open, but hi = 1 includes u = 1.
     """
@@ -27,7 +27,7 @@ class Between:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lo <= self.hi <= 1:
-            raise UsageError(f"between takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
+            raise UsageError(f"between: it takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
 
     def inside(self, level: Level) -> bool:
         """Does the rule apply at this level?"""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ldm_pipe.errors import UsageError
 from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.level import Level
 from ldm_pipe.model import Estimate, Rule
@@ -29,6 +30,11 @@ class Rescale:
     rule: Rule = field(default_factory=CFG)
     space: Literal["x0", "eps", "v"] = "v"
     positive: str = "cond"
+
+    def __post_init__(self) -> None:
+        """Raise UsageError outside 0..1."""
+        if not 0 <= self.phi <= 1:
+            raise UsageError(f"rescale: phi is {self.phi}; it takes a number from 0 to 1")
 
     def needs(self, level: Level) -> tuple[str, ...]:
         """The inner rule's branches, and the positive one."""
