@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_pipe.attention import ruled
+
 
 class Linear(nn.Linear):
     """nn.Linear whose weights come from a file.
@@ -31,9 +33,14 @@ class Embedding(nn.Embedding):
         """Draw nothing."""
 
 
+def split(t: Tensor, heads: int) -> Tensor:
+    """[B,L,C] -> [B,heads,L,C/heads]."""
+    return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Attention of several heads (Vaswani et al. 2017, arXiv 1706.03762, eq. 1): q [B,L,C], k and v [B,M,C] -> [B,L,C]."""
-    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (split(t, heads) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
@@ -93,7 +100,9 @@ class Up(nn.Module):
 
 
 class Attention(nn.Module):
-    """x [B,L,C] attends to y [B,M,D] -> [B,L,C]."""
+    """x [B,L,C] attends to y [B,M,D], or to itself -> [B,L,C]. A rule of `ldm_pipe.attention` may change it."""
+
+    takes_rules = True
 
     def __init__(self, width: int, other: int, heads: int) -> None:
         super().__init__()
@@ -102,9 +111,12 @@ class Attention(nn.Module):
         self.to_k, self.to_v = (Linear(other, width, bias=False) for _ in range(2))
         self.to_out = nn.Sequential(Linear(width, width))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The attended values, projected."""
-        return self.to_out(attend(self.to_q(x), self.to_k(y), self.to_v(y), self.heads))
+        source = x if y is None else y
+        q, k, v = (split(t, self.heads) for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        out = ruled(self, y is not None, q, k, v, F.scaled_dot_product_attention(q, k, v))
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -131,8 +143,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """One layer."""
-        h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), tokens)
         return x + self.ff["net"](self.norm3(x))
 

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldm_pipe.errors import UsageError
+from ldm_pipe.level import CLEAN, Level
+
+
+class Rows(NamedTuple):
+    """What the rows of a batched network call are: `count` images under every branch, in the branches' order, at a level."""
+
+    branches: tuple[str, ...]
+    count: int
+    level: Level
+
+    def of(self, branch: str) -> slice | None:
+        """The rows of one branch, None where the call does not hold it."""
+        if branch not in self.branches:
+            return None
+        first = self.branches.index(branch) * self.count
+        return slice(first, first + self.count)
+
+
+# Of the call that runs in this thread; what looks into a network (attention rules, feature taps) reads it there.
+_NO_CALL = Rows((), 0, CLEAN)
+ROWS: ContextVar[Rows] = ContextVar("ROWS", default=_NO_CALL)
 
 
 @dataclass(frozen=True, eq=False)

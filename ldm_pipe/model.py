@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm_pipe.cond import Cond
+from ldm_pipe.cond import ROWS, Cond, Rows
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level, Path
 from ldm_pipe.prediction import Prediction
@@ -112,7 +112,11 @@ class Branches:
             self.evaluations[n] += len(x)
         if own:
             cond = Cond.cat([self._cond(n, level) for n in own])
-            both = self.model(torch.cat([x] * len(own)) if len(own) > 1 else x, level, cond)
+            token = ROWS.set(Rows(tuple(own), len(x), level))
+            try:
+                both = self.model(torch.cat([x] * len(own)) if len(own) > 1 else x, level, cond)
+            finally:
+                ROWS.reset(token)
             self.model.evaluations.update({n: len(x) for n in own})
             estimates.update(zip(own, _split(both, len(own)), strict=True))
         return estimates

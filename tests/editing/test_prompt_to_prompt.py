@@ -1,0 +1,143 @@
+"""Prompt-to-Prompt: maps that lose no attention, neutral settings that change no bit, a hook that leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_pipe import CFG, Noise, Pipeline, UsageError, build, guided, levels, sample
+from ldm_pipe.attention import Attending, Site, attention_rule
+from ldm_pipe.editing.prompt_to_prompt import PromptToPrompt, TokenMap, until
+
+Tiny = Callable[[str], Path]
+FOX, CAT = "a fox on a blue background", "a cat on a blue background"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("builtin", "cpu", "fp32")
+
+
+def token_map(pipe: Pipeline, source: str, target: str, **weights: float) -> TokenMap:
+    text: Any = pipe.bundle.text
+    return TokenMap.of(text.tokenizer, text.window, source, target, weights)
+
+
+def draw(pipe: Pipeline, prompts: list[str], rule: PromptToPrompt | None, steps: int = 6) -> Tensor:
+    """Latents of prompts under one seed, with the rule in the U-Net's attention."""
+    model, text = pipe.bundle.model, pipe.bundle.text
+    branches = model.branches(cond=text(prompts), uncond=text([""] * len(prompts)))
+    denoise = guided(branches, CFG(3))
+    walk, noise = levels.trailing(model.path, steps), Noise((7,) * len(prompts), (pipe.bundle.codec.channels, 16, 16))
+    if rule is not None:
+        denoise = Attending(model, rule)(denoise)
+    return sample(denoise, noise.start(), walk, build("sampler", "ddim"), noise)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(FOX, CAT), (FOX, "a strawberry on a blue field"), ("a pineapple", "a x"), (FOX, FOX), ("", ""), ("zebra quux", "a fox")],
+)
+def test_replacing_loses_no_attention(pipe: Pipeline, source: str, target: str) -> None:
+    """Every real source token gives all of its attention, every real target token takes some: rows sum to 1."""
+    tokens, text = token_map(pipe, source, target), pipe.bundle.text
+    real = text.tokenizer.length(source), text.tokenizer.length(target)  # type: ignore[attr-defined]
+    torch.testing.assert_close(tokens.take[: real[0] - 1].sum(1), torch.ones(real[0] - 1))
+    assert bool((tokens.take[:, : real[1] - 1].sum(0) > 0).all())
+
+
+def test_refining_keeps_equal_words(pipe: Pipeline) -> None:
+    tokens = token_map(pipe, "a fox on a background", "a small fox on a blue background")
+    words = ["a", "small", "fox", "on", "a", "blue", "background"]
+    tokenizer: Any = pipe.bundle.text.tokenizer  # type: ignore[attr-defined]
+    place = 1
+    for word in words:
+        size = tokenizer.length(word) - 2
+        assert set(tokens.own[place : place + size].tolist()) == {float(word in ("small", "blue"))}, word
+        place += size
+
+
+def test_equal_prompts_give_equal_rows(pipe: Pipeline) -> None:
+    out = draw(pipe, [FOX, FOX], PromptToPrompt(token_map(pipe, FOX, FOX)))
+    torch.testing.assert_close(out[1], out[0], rtol=0, atol=2e-4)
+
+
+def test_the_source_is_untouched_and_the_target_is_not(pipe: Pipeline) -> None:
+    plain = draw(pipe, [FOX, CAT], None)
+    edited = draw(pipe, [FOX, CAT], PromptToPrompt(token_map(pipe, FOX, CAT)))
+    assert torch.equal(edited[0], plain[0])
+    near, far = ((x[1] - x[0]).square().mean() for x in (edited, plain))
+    assert float(near) < float(far)  # the edit stays nearer to its source than a picture of its own
+
+
+def test_nothing_to_edit_changes_no_bit(pipe: Pipeline) -> None:
+    plain = draw(pipe, [FOX, CAT], None)
+    tokens = token_map(pipe, FOX, CAT)
+    assert torch.equal(draw(pipe, [FOX, CAT], PromptToPrompt(tokens, cross=1.0, own=1.0)), plain)
+    assert torch.equal(draw(pipe, [FOX, CAT], PromptToPrompt(tokens, pairs=())), plain)
+    assert torch.equal(draw(pipe, [FOX, CAT], PromptToPrompt(tokens, branch="weak")), plain)
+    assert torch.equal(draw(pipe, [FOX, CAT], None), plain)
+
+
+def test_weights_scale_what_a_token_gives(pipe: Pipeline) -> None:
+    plain = draw(pipe, [FOX, FOX], None)
+    off = {"cross": 1.0, "own": 1.0}
+    one = draw(pipe, [FOX, FOX], PromptToPrompt(token_map(pipe, FOX, FOX, fox=1.0), **off))  # type: ignore[arg-type]
+    more = draw(pipe, [FOX, FOX], PromptToPrompt(token_map(pipe, FOX, FOX, fox=2.0), **off))  # type: ignore[arg-type]
+    assert torch.equal(one, plain)
+    assert torch.equal(more[0], plain[0])
+    assert not torch.allclose(more[1], plain[1], atol=1e-2)
+    with pytest.raises(UsageError, match="'owl' is not a word"):
+        token_map(pipe, FOX, CAT, owl=2.0)
+
+
+def test_a_share_of_the_steps_is_a_level(pipe: Pipeline) -> None:
+    walk = levels.trailing(pipe.bundle.model.path, 10)
+    for share, steps in ((0.0, 0), (0.4, 4), (1.0, 10)):
+        assert sum(float(here.u) > until(walk, share) for here in walk[:-1]) == steps
+
+
+def test_two_pairs_in_a_batch_equal_two_runs(pipe: Pipeline) -> None:
+    tokens = token_map(pipe, FOX, CAT)
+    both = draw(pipe, [FOX, FOX, CAT, CAT], PromptToPrompt(tokens, pairs=((0, 2), (1, 3))))
+    alone = draw(pipe, [FOX, CAT], PromptToPrompt(tokens))
+    torch.testing.assert_close(both[2], alone[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(both[3], alone[1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_hook_leaves_nothing_behind(pipe: Pipeline) -> None:
+    """After an exception, and in another thread, no rule is active; every site has a name and says what it attends to."""
+    model, seen, elsewhere = pipe.bundle.model, dict[str, bool](), list[str]()
+
+    def watch(site: Site, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        seen[site.name] = site.cross
+        assert site.rows.branches == ("cond",)
+        return out
+
+    def fail(site: Site, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    denoise = model.bind(pipe.bundle.text([FOX]))
+    x, level = torch.randn(1, pipe.bundle.codec.channels, 16, 16), levels.trailing(model.path, 4)[1]
+    with torch.no_grad():
+        plain = denoise(x, level).x0
+        with attention_rule(model, watch):
+            assert torch.equal(denoise(x, level).x0, plain)
+            other = threading.Thread(target=lambda: elsewhere.extend(seen) or seen.clear() or denoise(x, level))
+            other.start()
+            other.join()
+            assert seen == {}
+            denoise(x, level)
+        with pytest.raises(ZeroDivisionError), attention_rule(model, fail):
+            denoise(x, level)
+        assert torch.equal(denoise(x, level).x0, plain)
+    assert len(seen) == 14
+    assert all(cross == name.endswith("attn2") for name, cross in seen.items())
+    with pytest.raises(UsageError, match="no attention that takes a rule"), attention_rule(torch.nn.Linear(1, 1), watch):
+        pass
