@@ -72,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     add("--init-image", metavar="FILE", help="start from a picture instead of noise")
     add("--strength", metavar="X", help="with --init-image: the share of the steps run, 0 to 1 (default: 0.6)")
     add("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black kept to the bit (strength: 1)")
+    add("--edit", metavar="TEXT", help='"a fox on blue -> a cat on blue": both pictures, the second keeping what it can of the '
+        "first (--set edit.cross=0.8, edit.own=0.4: shares of the steps)")
     add("--batch-size", metavar="N", help="images computed together (default: 16)")
     add("--dtype", help="auto (default), fp32, bf16 or fp16")
     add("--device", help="auto (default), cpu, cuda or cuda:N")

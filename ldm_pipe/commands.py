@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import recipe, registry
+from ldm_pipe import recipe, registry, strict
+from ldm_pipe.edit import Edit
 from ldm_pipe.errors import ModelError, UsageError, unknown
 from ldm_pipe.output import Target
 from ldm_pipe.request import Request
@@ -86,13 +87,18 @@ def _generate(request: Request) -> int:
     pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
     for prompt in (*prompts, request.negative_prompt):
         say(*pipe.bundle.text.notices(prompt))
+    edit, guides = (request.edited() if request.edit is not None else None), []
+    if edit is not None:
+        given = pipe.resolve(Settings(**settings))
+        settings |= {"seed": given.seed, "seeds": (given.seed,) * 2, "batch_size": 2 * given.num_images}
+        guides = [edit.guide(pipe, given, given.num_images)]
     bar = _progress(pipe, prompts, settings, sources) if sys.stderr.isatty() and not request.quiet else None
     done: list[Output] = []
     paths: list[Path] = []
     try:
-        for out in pipe.batches(prompts, None, bar, **sources, **settings):
+        for out in pipe.batches(prompts, None, bar, guides=guides, **sources, **settings):
             say(*out.notices)
-            paths += _write(out, pipe, target, len(paths))
+            paths += _write(out, pipe, target, len(paths), edit)
             done.append(out)
             if not request.json:
                 print(*paths[-len(out.images) :], sep="\n", flush=True)
@@ -164,12 +170,12 @@ def _report(done: list[Output], paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def _write(out: Output, pipe: Pipeline, target: Target, first: int = 0) -> list[Path]:
+def _write(out: Output, pipe: Pipeline, target: Target, first: int = 0, edit: Edit | None = None) -> list[Path]:
     """Write the images of a batch, each with its recipe; `first` images of the run were written before."""
     from ldm_pipe.replay import recipe_of
 
     return [
-        target.write(recipe.encode(picture, recipe_of(out, pipe, k), target.format), _values(out, pipe, k, first + k))
+        target.write(recipe.encode(picture, recipe_of(out, pipe, k, edit), target.format), _values(out, pipe, k, first + k))
         for k, picture in enumerate(out.images)
     ]
 
@@ -198,7 +204,8 @@ def _replay(request: Request, path: str) -> int:
     pipe = Pipeline.from_pretrained(request.model, request.device, dtype)
     out = replay.again(found, pipe, **_sources(request))
     if not request.verify:
-        print(*_write(out, pipe, target), sep="\n")
+        edit = strict.build(Edit, found.edit, "edit") if found.edit else None
+        print(*_write(out, pipe, target, edit=edit), sep="\n")
         return 0
     verdict = replay.verify(path, found, out, pipe)
     print(f"{path}: {verdict}")

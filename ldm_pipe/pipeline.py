@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import Denoiser, Rule, guided
 from ldm_pipe.noise import Noise
-from ldm_pipe.plan import Plan, plan, resolve
+from ldm_pipe.plan import Guide, Plan, plan, resolve
 from ldm_pipe.settings import Settings
 from ldm_pipe.walk import Step, trajectory
 
@@ -88,15 +88,17 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
         init_image: Image | None = None,
         mask: Image | None = None,
+        guides: Sequence[Guide] = (),
         **settings: Any,
     ) -> Output:
         """Make images. prompt: one or several; settings: the fields of `Settings` (seed=7, steps=25, num_images=4, ...).
 
         rule: guidance other than CFG(guidance_scale). on_step: called after every step of every batch. init_image: start from
         this picture, noised by `strength` (0.6 where it is not given); mask: greys of its size, white = drawn anew, black =
-        kept to the bit. Raises UsageError on wrong settings, NumericalError where a result is not finite.
+        kept to the bit. guides: what corrects the guided estimate, Denoiser -> Denoiser, the first one innermost.
+        Raises UsageError on wrong settings, NumericalError where a result is not finite.
         """
-        parts = list(self.batches(prompt, rule, on_step, init_image, mask, **settings))
+        parts = list(self.batches(prompt, rule, on_step, init_image, mask, guides, **settings))
         return Output(
             [i for part in parts for i in part.images],
             torch.cat([part.latents for part in parts]),
@@ -116,6 +118,7 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
         init_image: Image | None = None,
         mask: Image | None = None,
+        guides: Sequence[Guide] = (),
         **settings: Any,
     ) -> Iterator[Output]:
         """The same, batch by batch as they are finished; each Output holds the images of one batch.
@@ -127,6 +130,7 @@ class Pipeline:
         source = Source(init_image, mask) if init_image is not None else None
         given = resolve(self.bundle, Settings(**settings), source)
         whole = plan(self.bundle, (prompt,) if isinstance(prompt, str) else tuple(prompt), given, rule, source)
+        whole = replace(whole, guides=tuple(guides))
         size, notes = self._room(whole, given.batch_size), list[str]()
         first = 0
         while first < len(whole.rows):
@@ -213,6 +217,8 @@ class Pipeline:
 
     def _started(self, part: Plan, denoise: Denoiser, noise: Tensor) -> tuple[Denoiser, Tensor]:
         """The denoiser of a run and its first x: all noise, or the noised picture of an edit, its known part held."""
+        for guide in part.guides:
+            denoise = guide(denoise)
         if part.source is None:
             return denoise, part.sampler.start(noise, part.levels[0])
         with torch.no_grad():

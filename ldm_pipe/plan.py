@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ldm_pipe import registry
@@ -14,12 +14,13 @@ from ldm_pipe.guide import parse
 from ldm_pipe.level import Level
 from ldm_pipe.levels import tail
 from ldm_pipe.loading import Bundle
-from ldm_pipe.model import Rule
+from ldm_pipe.model import Denoiser, Rule
 from ldm_pipe.noise import seeds_of
 from ldm_pipe.settings import Settings, check_sides
 from ldm_pipe.walk import Sampler
 
 Row = tuple[str, int]
+Guide = Callable[[Denoiser], Denoiser]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
     """A run, all decisions taken: every image's (prompt, seed), along which levels, by which sampler and rule.
 
     shape: (C, h, w) of one latent. source: the picture that an edit starts from.
+    guides: what corrects the guided estimate, the first one innermost.
     """
 
     rows: tuple[Row, ...]
@@ -36,6 +38,7 @@ class Plan:
     rule: Rule
     shape: tuple[int, int, int]
     source: Source | None = None
+    guides: tuple[Guide, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:

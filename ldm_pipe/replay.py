@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import __version__
+from ldm_pipe import __version__, strict
+from ldm_pipe.edit import Edit
 from ldm_pipe.errors import UsageError
 from ldm_pipe.recipe import FORMATS, Recipe, encode
+from ldm_pipe.settings import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +25,8 @@ LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "pillow")
 SHARED = [f.name for f in dataclasses.fields(Recipe)]
 
 
-def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
-    """The recipe of image number `index` of a call's output."""
+def recipe_of(out: Output, pipe: Pipeline, index: int, edit: Edit | None = None) -> Recipe:
+    """The recipe of image number `index` of a call's output; edit: what the call was."""
     import torch
 
     settings, (batch, row) = out.settings, out.places[index]
@@ -33,7 +35,7 @@ def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
     return Recipe(
         **given
         | {"prompt": out.prompts[index], "seed": out.seeds[index]}
-        | {"batch": batch, "row": row, "sources": dict(out.sources)}
+        | {"batch": batch, "row": row, "sources": dict(out.sources), "edit": dataclasses.asdict(edit) if edit else {}}
         | {"model": pipe.name, "digests": dict(pipe.bundle.digests), "dtype": str(pipe.dtype).removeprefix("torch.")}
         | {"device": platform.machine() if cpu else torch.cuda.get_device_name(pipe.device)}
         | {"threads": torch.get_num_threads() if cpu else 0, "versions": _versions()}
@@ -73,7 +75,12 @@ def again(recipe: Recipe, pipe: Pipeline, init_image: Image | None = None, mask:
         if (name in recipe.sources) != (given[name] is not None):
             wanted = "is needed: the image was made from one" if name in recipe.sources else "was not used for it"
             raise UsageError(f"--{name.replace('_', '-')} {wanted}")
-    out = pipe([recipe.prompt] * recipe.batch, init_image=init_image, mask=mask, **settings_of(recipe))
+    prompts, guides, settings = [recipe.prompt] * recipe.batch, [], settings_of(recipe)
+    if recipe.edit:
+        edit, half = strict.build(Edit, recipe.edit, "edit"), recipe.batch // 2
+        prompts = [edit.source] * half + [edit.target] * half
+        guides = [edit.guide(pipe, pipe.resolve(Settings(**settings)), half)]
+    out = pipe(prompts, init_image=init_image, mask=mask, guides=guides, **settings)
     for name, digest in out.sources.items():
         if digest != recipe.sources[name]:
             raise UsageError(f"--{name.replace('_', '-')} is not the picture that the image was made from")
@@ -91,4 +98,5 @@ def verify(path: str | os.PathLike[str], recipe: Recipe, out: Output, pipe: Pipe
         copy = Picture.open(io.BytesIO(encode(out.images[0], None, original.format or "PNG")))
         before, after = (np.asarray(i.convert("RGB"), dtype=int) for i in (original, copy))
     largest = 255 if before.shape != after.shape else int(np.abs(before - after).max())
-    return Verdict(largest, tuple(recipe.differences(recipe_of(out, pipe, 0))))
+    edit = strict.build(Edit, recipe.edit, "edit") if recipe.edit else None
+    return Verdict(largest, tuple(recipe.differences(recipe_of(out, pipe, 0, edit))))

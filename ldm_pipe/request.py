@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ldm_pipe import guide, registry, strict
+from ldm_pipe.edit import Edit
 from ldm_pipe.errors import ModelError, UsageError, unknown
 from ldm_pipe.settings import Settings, check_device, check_dtype, check_sides
 
@@ -47,6 +48,7 @@ class Request:
     init_image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    edit: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     grid: bool = False
@@ -78,6 +80,11 @@ class Request:
 
     def texts(self) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
         """The prompts, from --prompt ("-" is standard input) and --prompts, and the seeds that a .jsonl file gives them."""
+        if self.edit is not None:
+            if self.prompt or self.prompts is not None or self.init_image is not None:
+                raise UsageError("--edit holds both prompts; --prompt, --prompts and --init-image do not go with it")
+            edit = self.edited()
+            return (edit.source, edit.target), None
         given = [sys.stdin.read().strip() if p == "-" else p for p in self.prompt]
         rows: list[tuple[str, int | None]] = [(p, None) for p in given]
         rows += _rows(self.prompts) if self.prompts is not None else []
@@ -94,14 +101,10 @@ class Request:
 
     def settings(self, seeds: tuple[int, ...] | None) -> dict[str, Any]:
         """The keywords of the pipeline. Raises UsageError on any that is wrong."""
-        found: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS} | {"seeds": seeds, "sampler_set": {}, "spacing_set": {}}
-        for item in self.set:
-            key, equals, value = item.partition("=")
-            kind, dot, name = key.partition(".")
-            if not (equals and dot and kind in ("sampler", "spacing")):
-                hint = f"; did you mean sampler.{item}?" if equals and not dot else ""
-                raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value{hint}")
-            found[f"{kind}_set"][name] = value
+        found: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS} | {"seeds": seeds}
+        found |= {f"{kind}_set": self.fields(kind) for kind in ("sampler", "spacing")}
+        if self.fields("edit") and self.edit is None:
+            raise UsageError('--set edit... goes with --edit "SOURCE -> TARGET"')
         settings = Settings(**found)
         if self.init_image is None and (self.mask is not None or self.strength is not None):
             raise UsageError("--mask and --strength go with --init-image FILE")
@@ -116,6 +119,24 @@ class Request:
             if found[kind] is not None:
                 _check_fields(kind, found[kind], found[f"{kind}_set"])
         return found
+
+
+    def fields(self, wanted: str) -> dict[str, str]:
+        """The fields of one kind of method that --set gives. Raises UsageError on what is not of the form."""
+        found = {}
+        for item in self.set:
+            key, equals, value = item.partition("=")
+            kind, dot, name = key.partition(".")
+            if not (equals and dot and kind in ("sampler", "spacing", "edit")):
+                hint = f"; did you mean sampler.{item}?" if equals and not dot else ""
+                raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value{hint}")
+            if kind == wanted:
+                found[name] = value
+        return found
+
+    def edited(self) -> Edit:
+        """What --edit asks for."""
+        return Edit.of(str(self.edit), self.fields("edit"))
 
 
 def _factor(model: str) -> int:
