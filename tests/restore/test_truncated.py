@@ -1,0 +1,60 @@
+"""Truncated starts: the law of what they make, and how they forget their estimate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ldm_pipe import CLEAN, VP, Level, Noise, levels
+from ldm_pipe.analysis import gaussian_w2, outcome, read_walk
+from ldm_pipe.restore.ilvr import ILVR
+from ldm_pipe.restore.truncated import Truncated
+from ldm_pipe.samplers.ddpm import DDPM
+
+SHAPE = (2, 2, 2)
+
+
+def walk(start: int) -> list[Level]:
+    """From the start-th of 1000 steps, counted from 0, one by one."""
+    return [*(VP.linear().level(float(t)) for t in reversed(range(start))), CLEAN]
+
+
+@pytest.mark.parametrize(("start", "printed"), [(200, ".0114"), (400, ".0120")])
+def test_the_law_of_what_is_made(reference: Any, start: int, printed: str) -> None:
+    """Of SDEdit from y: the posterior given a noised y, N(m + a J (y - m), C - a J C + s^2 J J')."""
+    problem = reference("pool2", 0.0)
+    y, prior, here = torch.arange(1, 9).double().sin(), problem.prior, walk(start)[0]
+    found = outcome(prior, walk(start), Truncated(problem.measurement, DDPM(), y.reshape(1, *SHAPE)), SHAPE)
+    gain = prior.gain(here)
+    law = here.alpha * gain @ y, prior.posterior(here) + here.sigma**2 * gain @ gain.T
+    assert abs(gaussian_w2(found, law) - float(printed)) < 0.55e-4
+
+
+@pytest.mark.parametrize(("start", "printed"), [(100, 0.982), (200, 0.923), (400, 0.601)])
+def test_how_much_of_the_estimate_is_left(reference: Any, start: int, printed: float) -> None:
+    """Two chains with one noise: the difference of their ends is alpha times the product of the steps on that of their
+    estimates; its norm."""
+    prior = reference("pool2", 0.0).prior
+    matrix = read_walk(prior, walk(start), DDPM(), SHAPE).matrix
+    assert abs(float(walk(start)[0].alpha * torch.linalg.matrix_norm(matrix, 2)) - printed) < 0.55e-3
+
+
+def test_the_start_is_the_pseudo_inverse_or_the_estimate(reference: Any, noise: Noise) -> None:
+    m, level, z = reference("mask4", 0.0).measurement, Level(0.6, 0.8), noise.start()
+    given = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)
+    assert torch.allclose(Truncated(m, DDPM()).start(z, level), 0.6 * m.operator.pinv(m.y) + 0.8 * z)
+    assert torch.allclose(Truncated(m, DDPM(), given).start(z, level), 0.6 * given + 0.8 * z)
+
+
+def test_a_data_step_after_each_step(reference: Any) -> None:
+    """CCDF: with the data put in on the way the end fits them, and the mean is nearer to the posterior's than without."""
+    problem = reference("mask4", 0.0)
+    tail = levels.tail(levels.leading(VP.linear(), 100, offset=0), 0.3)
+    bare = Truncated(problem.measurement, DDPM())
+    merged = Truncated(problem.measurement, ILVR(problem.measurement, DDPM()))
+    ends = [problem.judge(problem.prior, sampler, tail) for sampler in (bare, merged)]
+    assert ends[1].mean_error < ends[0].mean_error
+    mean = outcome(problem.prior, tail, merged, SHAPE)[0].reshape(1, *SHAPE)
+    assert float(problem.measurement.misfit(mean).abs().max()) < 1e-12
