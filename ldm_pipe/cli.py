@@ -74,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     add("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black kept to the bit (strength: 1)")
     add("--edit", metavar="TEXT", help='"a fox on blue -> a cat on blue": both pictures, the second keeping what it can of the '
         "first (--set edit.cross=0.8, edit.own=0.4: shares of the steps)")
+    add("--restore", metavar="OPERATOR", help='what degraded --input, such as "pool(4)" or "mask(half)" (--list operators)')
+    add("--input", metavar="FILE", help="with --restore: the degraded picture")
+    add("--method", metavar="NAME", help="with --restore: see --list restorations (default: dps; --set restore.scale=1)")
     add("--batch-size", metavar="N", help="images computed together (default: 16)")
     add("--dtype", help="auto (default), fp32, bf16 or fp16")
     add("--device", help="auto (default), cpu, cuda or cuda:N")

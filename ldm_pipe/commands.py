@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import recipe, registry, strict
-from ldm_pipe.edit import Edit
+from ldm_pipe import recipe, registry
 from ldm_pipe.errors import ModelError, UsageError, unknown
 from ldm_pipe.output import Target
 from ldm_pipe.request import Request
@@ -20,6 +19,7 @@ from ldm_pipe.settings import Settings
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import Output, Pipeline
+    from ldm_pipe.plan import Plan
     from ldm_pipe.walk import Step
 
 PLURALS = {f"{kind}s": kind for kind in registry.KINDS}
@@ -87,18 +87,14 @@ def _generate(request: Request) -> int:
     pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
     for prompt in (*prompts, request.negative_prompt):
         say(*pipe.bundle.text.notices(prompt))
-    edit, guides = (request.edited() if request.edit is not None else None), []
-    if edit is not None:
-        given = pipe.resolve(Settings(**settings))
-        settings |= {"seed": given.seed, "seeds": (given.seed,) * 2, "batch_size": 2 * given.num_images}
-        guides = [edit.guide(pipe, given, given.num_images)]
-    bar = _progress(pipe, prompts, settings, sources) if sys.stderr.isatty() and not request.quiet else None
+    whole = _plan(request, pipe, prompts, settings, sources)
+    bar = _progress(whole) if sys.stderr.isatty() and not request.quiet else None
     done: list[Output] = []
     paths: list[Path] = []
     try:
-        for out in pipe.batches(prompts, None, bar, guides=guides, **sources, **settings):
+        for out in pipe.run(whole, bar):
             say(*out.notices)
-            paths += _write(out, pipe, target, len(paths), edit)
+            paths += _write(out, pipe, target, len(paths))
             done.append(out)
             if not request.json:
                 print(*paths[-len(out.images) :], sep="\n", flush=True)
@@ -137,7 +133,7 @@ def _sources(request: Request) -> dict[str, Any]:
     """The pictures that an edit starts from."""
     from ldm_pipe import image
 
-    files = {"init_image": request.init_image, "mask": request.mask}
+    files = {"init_image": request.init_image, "mask": request.mask, "input": request.input}
     return {n: image.read(path, f"--{n.replace('_', '-')}") for n, path in files.items() if path is not None}
 
 
@@ -170,12 +166,12 @@ def _report(done: list[Output], paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def _write(out: Output, pipe: Pipeline, target: Target, first: int = 0, edit: Edit | None = None) -> list[Path]:
+def _write(out: Output, pipe: Pipeline, target: Target, first: int = 0) -> list[Path]:
     """Write the images of a batch, each with its recipe; `first` images of the run were written before."""
     from ldm_pipe.replay import recipe_of
 
     return [
-        target.write(recipe.encode(picture, recipe_of(out, pipe, k, edit), target.format), _values(out, pipe, k, first + k))
+        target.write(recipe.encode(picture, recipe_of(out, pipe, k), target.format), _values(out, pipe, k, first + k))
         for k, picture in enumerate(out.images)
     ]
 
@@ -202,25 +198,33 @@ def _replay(request: Request, path: str) -> int:
 
     dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
     pipe = Pipeline.from_pretrained(request.model, request.device, dtype)
-    out = replay.again(found, pipe, **_sources(request))
+    out = replay.again(found, pipe, _sources(request))
     if not request.verify:
-        edit = strict.build(Edit, found.edit, "edit") if found.edit else None
-        print(*_write(out, pipe, target, edit=edit), sep="\n")
+        print(*_write(out, pipe, target), sep="\n")
         return 0
     verdict = replay.verify(path, found, out, pipe)
     print(f"{path}: {verdict}")
     return 0 if verdict.largest == 0 else 1
 
 
-def _progress(
-    pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any], sources: dict[str, Any]
-) -> Callable[[Step], None]:
-    """A bar on the terminal over all steps of all batches."""
-    from ldm_pipe.editing.source import Source
+def _plan(
+    request: Request, pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any], sources: dict[str, Any]
+) -> Plan:
+    """The plan of the run, with what --edit and --restore make of it."""
+    restoration, degraded = request.restored(), sources.pop("input", None)
+    if request.edit is not None:
+        given = pipe.resolve(Settings(**settings))
+        settings = {**settings, "seed": given.seed, "seeds": (given.seed,) * 2}
+    whole = pipe.plan(prompts, None, **sources, **settings)
+    if request.edit is not None:
+        whole = request.edited().applied(pipe, whole)
+    return whole if restoration is None else restoration.applied(pipe, whole, degraded)
 
-    given = pipe.resolve(Settings(**settings), Source(sources["init_image"], sources.get("mask")) if sources else None)
-    batches = -(-len(prompts) * given.num_images // given.batch_size)
-    total, done = batches * given.walked, 0
+
+def _progress(whole: Plan) -> Callable[[Step], None]:
+    """A bar on the terminal over all steps of all batches."""
+    batches = -(-len(whole.rows) // whole.given.batch_size)
+    total, done = batches * (len(whole.levels) - 1), 0
 
     def show(step: Step) -> None:
         nonlocal done

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import strict
 from ldm_pipe.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm_pipe.attention import Attending
     from ldm_pipe.pipeline import Pipeline
-    from ldm_pipe.settings import Settings
+    from ldm_pipe.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,15 @@ class Edit:
                 raise UsageError(f"--set edit.{name}: the prompts stand in --edit")
         return strict.build(cls, {**fields, "source": source, "target": target}, "edit")
 
-    def guide(self, pipe: Pipeline, given: Settings, count: int) -> Attending:
-        """The Guide for a batch of `count` sources followed by their `count` targets, under resolved settings."""
+    def applied(self, pipe: Pipeline, whole: Plan) -> Plan:
+        """The plan of `count` sources followed by their `count` targets, under the rule and in one batch."""
         from ldm_pipe.attention import Attending
         from ldm_pipe.editing.prompt_to_prompt import PromptToPrompt, TokenMap, until
-        from ldm_pipe.plan import plan
 
         text: Any = pipe.bundle.text
-        tokens = TokenMap.of(text.tokenizer, text.window, self.source, self.target)
-        levels = plan(pipe.bundle, (self.source,), replace(given, seeds=None)).levels
+        tokens, count = TokenMap.of(text.tokenizer, text.window, self.source, self.target), len(whole.rows) // 2
         pairs = tuple((k, count + k) for k in range(count))
-        rule = PromptToPrompt(tokens, pairs, until(levels, self.cross), until(levels, self.own))
-        return Attending(pipe.bundle.model, rule)
+        rule = PromptToPrompt(tokens, pairs, until(whole.levels, self.cross), until(whole.levels, self.own))
+        guides = (*whole.guides, Attending(pipe.bundle.model, rule))
+        given = replace(whole.given, batch_size=2 * count)
+        return replace(whole, given=given, guides=guides, recorded={**whole.recorded, "edit": asdict(self)})

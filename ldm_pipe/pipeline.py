@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import Denoiser, Rule, guided
 from ldm_pipe.noise import Noise
-from ldm_pipe.plan import Guide, Plan, plan, resolve
+from ldm_pipe.plan import Plan, plan, resolve
 from ldm_pipe.settings import Settings
 from ldm_pipe.walk import Step, trajectory
 
@@ -35,9 +35,8 @@ PROBE = 16  # latent pixels of the small run from which a large one's memory is 
 class Output:
     """What a call returns: one entry per image, prompts in order, each prompt's images together.
 
-    latents: [N,C,h,w]. places: (size of the batch an image was computed in, its row there). sources: SHA-256 of the pixels an
-    edit started from. evaluations: how many images the
-    network saw, per branch. notices: sentences for the user.
+    latents: [N,C,h,w]. evaluations: how many images the network saw, per branch. notices: sentences for the user. places:
+    (size of the batch an image was computed in, its row there). recorded: what else their recipes say.
     """
 
     images: list[Image]
@@ -48,7 +47,22 @@ class Output:
     evaluations: Counter[str]
     notices: tuple[str, ...] = ()
     places: tuple[tuple[int, int], ...] = ()
-    sources: Mapping[str, str] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Output]) -> Output:
+        """The outputs of several batches as one."""
+        return cls(
+            [i for part in parts for i in part.images],
+            torch.cat([part.latents for part in parts]),
+            tuple(s for part in parts for s in part.seeds),
+            tuple(p for part in parts for p in part.prompts),
+            parts[0].settings,
+            sum((part.evaluations for part in parts), Counter()),
+            tuple(dict.fromkeys(n for part in parts for n in part.notices)),
+            tuple(place for part in parts for place in part.places),
+            parts[0].recorded,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,59 +102,46 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
         init_image: Image | None = None,
         mask: Image | None = None,
-        guides: Sequence[Guide] = (),
         **settings: Any,
     ) -> Output:
         """Make images. prompt: one or several; settings: the fields of `Settings` (seed=7, steps=25, num_images=4, ...).
 
         rule: guidance other than CFG(guidance_scale). on_step: called after every step of every batch. init_image: start from
         this picture, noised by `strength` (0.6 where it is not given); mask: greys of its size, white = drawn anew, black =
-        kept to the bit. guides: what corrects the guided estimate, Denoiser -> Denoiser, the first one innermost.
-        Raises UsageError on wrong settings, NumericalError where a result is not finite.
+        kept to the bit. Raises UsageError on wrong settings, NumericalError where a result is not finite.
         """
-        parts = list(self.batches(prompt, rule, on_step, init_image, mask, guides, **settings))
-        return Output(
-            [i for part in parts for i in part.images],
-            torch.cat([part.latents for part in parts]),
-            tuple(s for part in parts for s in part.seeds),
-            tuple(p for part in parts for p in part.prompts),
-            parts[0].settings,
-            sum((part.evaluations for part in parts), Counter()),
-            tuple(dict.fromkeys(n for part in parts for n in part.notices)),
-            tuple(place for part in parts for place in part.places),
-            parts[0].sources,
-        )
+        return Output.joined(list(self.run(self.plan(prompt, rule, init_image, mask, **settings), on_step)))
 
-    def batches(
+    def plan(
         self,
         prompt: str | Sequence[str],
         rule: Rule | None = None,
-        on_step: Callable[[Step], None] | None = None,
         init_image: Image | None = None,
         mask: Image | None = None,
-        guides: Sequence[Guide] = (),
         **settings: Any,
-    ) -> Iterator[Output]:
-        """The same, batch by batch as they are finished; each Output holds the images of one batch.
-
-        Where memory runs out, batches become smaller (the images stay the same), then EnvironmentFault says which size fits.
-        """
+    ) -> Plan:
+        """What a call with these arguments would do, to be looked at or changed (`dataclasses.replace(plan, guides=...)`)."""
         if mask is not None and init_image is None:
             raise UsageError("a mask goes with an init image")
         source = Source(init_image, mask) if init_image is not None else None
-        given = resolve(self.bundle, Settings(**settings), source)
-        whole = plan(self.bundle, (prompt,) if isinstance(prompt, str) else tuple(prompt), given, rule, source)
-        whole = replace(whole, guides=tuple(guides))
-        size, notes = self._room(whole, given.batch_size), list[str]()
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        return plan(self.bundle, prompts, resolve(self.bundle, Settings(**settings), source), rule, source)
+
+    def run(self, whole: Plan, on_step: Callable[[Step], None] | None = None) -> Iterator[Output]:
+        """Run a plan, batch by batch as they are finished; each Output holds the images of one batch.
+
+        Where memory runs out, batches become smaller (the images stay the same), then EnvironmentFault says which size fits.
+        """
+        size, notes = self._room(whole, whole.given.batch_size), list[str]()
         first = 0
         while first < len(whole.rows):
             out, part = None, whole.batch(first, size)
             with memory.forgiven():
-                out = self._finish(part, given, on_step, notes)
+                out = self._finish(part, on_step, notes)
             if out is None and len(part.rows) == 1:
                 factor, (height, width) = self.bundle.codec.factor, part.shape[1:]
                 near = memory.side_that_fits(2.0, height * width * factor**2, factor)
-                raise EnvironmentFault(f"{given.width}x{given.height} pixels do not fit into memory; try {near}x{near}")
+                raise EnvironmentFault(f"{width * factor}x{height * factor} pixels do not fit into memory; try {near}x{near}")
             if out is None:
                 size = -(-len(part.rows) // 2)
                 notes.append(f"memory ran out; {size} image(s) are computed at a time")
@@ -150,8 +151,8 @@ class Pipeline:
 
     def steps(self, prompt: str, rule: Rule | None = None, **settings: Any) -> Iterator[Step]:
         """The trajectory of one prompt's first batch, step by step (previews: `pipe.decode(step.estimate.x0)`)."""
-        given = self.resolve(Settings(**settings))
-        yield from self._walk(plan(self.bundle, (prompt,), given, rule).batch(0, given.batch_size), Counter())
+        whole = self.plan(prompt, rule, **settings)
+        yield from self._walk(whole.batch(0, whole.given.batch_size), Counter())
 
     def resolve(self, settings: Settings, source: Source | None = None) -> Settings:
         """The settings with every None decided: the model's defaults, a drawn seed. source: what an edit starts from."""
@@ -179,22 +180,23 @@ class Pipeline:
             raise EnvironmentFault(f"{needed} and {room / 2**30:.1f} are free; --width {near} --height {near} fits")
         return min(size, room // max(1, one))
 
-    def _finish(self, part: Plan, given: Settings, on_step: Callable[[Step], None] | None, notes: list[str]) -> Output:
+    def _finish(self, part: Plan, on_step: Callable[[Step], None] | None, notes: list[str]) -> Output:
         """One batch from noise to pictures. `notes` collects what the user should know of the whole run."""
         evaluations, x = Counter[str](), torch.empty(0)
         for step in self._walk(part, evaluations):
             x = step.x
             if on_step:
                 on_step(step)
-        images = image.to_pil(self._decoded(x, notes))
+        decoded = self._decoded(x, notes)
+        images = image.to_pil(decoded)
         if part.source is not None:
             images = part.source.paste(images)
-        heard = [n for p in dict.fromkeys((*part.prompts, part.negative)) for n in self.bundle.text.notices(p)]
-        count = len(images)
-        places = tuple((count, row) for row in range(count))
-        sources = part.source.digests if part.source is not None else {}
-        told = tuple(dict.fromkeys([*heard, *notes]))
-        return Output(images, x, part.seeds, part.prompts, given, evaluations, told, places, sources)
+        told = [n for p in dict.fromkeys((*part.prompts, part.negative)) for n in self.bundle.text.notices(p)] + notes
+        if part.report is not None:
+            told.append(part.report(decoded))
+        places = tuple((len(images), row) for row in range(len(images)))
+        notices = tuple(dict.fromkeys(told))
+        return Output(images, x, part.seeds, part.prompts, part.given, evaluations, notices, places, part.recorded)
 
     def _decoded(self, latents: Tensor, notes: list[str]) -> Tensor:
         """Finite images of latents; a decoder that overflows in fp16 is asked again in fp32."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
 
 from ldm_pipe import registry
 from ldm_pipe.editing.source import Source
@@ -27,8 +30,10 @@ Guide = Callable[[Denoiser], Denoiser]
 class Plan:
     """A run, all decisions taken: every image's (prompt, seed), along which levels, by which sampler and rule.
 
-    shape: (C, h, w) of one latent. source: the picture that an edit starts from.
-    guides: what corrects the guided estimate, the first one innermost.
+    shape: (C, h, w) of one latent. given: the resolved settings it follows from. source: the picture that an edit starts from.
+    guides: what corrects the guided estimate, the first one innermost. recorded: what else the recipe is to say (fields of
+    `Recipe`). report: makes a sentence for the user of the finished images [B,3,H,W]. Methods change a plan with
+    `dataclasses.replace`; `Pipeline.run` runs it.
     """
 
     rows: tuple[Row, ...]
@@ -37,8 +42,11 @@ class Plan:
     sampler: Sampler
     rule: Rule
     shape: tuple[int, int, int]
+    given: Settings
     source: Source | None = None
     guides: tuple[Guide, ...] = ()
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    report: Callable[[Tensor], str] | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -96,7 +104,8 @@ def plan(
     walk = tail(levels, given.strength) if given.strength else levels
     if source is not None:
         source = source.fitted(int(given.width or 0), int(given.height or 0))
-    return Plan(_rows(prompts, given), given.negative_prompt, tuple(walk), sampler, rule, shape, source)
+    recorded = {"sources": source.digests} if source is not None else {}
+    return Plan(_rows(prompts, given), given.negative_prompt, tuple(walk), sampler, rule, shape, given, source, (), recorded)
 
 
 def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:

@@ -34,8 +34,8 @@ EXIF_LIMIT = 55_000  # characters; an EXIF block of a JPEG ends at 64 kB
 class Recipe:
     """What made one image. seed: the image's own; batch, row: how many were computed together, and which this one was.
 
-    sources: SHA-256 of the pixels an edit started from. edit: the fields of an `Edit` the image was a part of. digests:
-    SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
+    sources: SHA-256 of the pixels an edit started from. edit, restoration: the fields of the `Edit` or the `Restoration` it
+    was. digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
     """
 
     prompt: str
@@ -55,6 +55,7 @@ class Recipe:
     row: int = 0
     sources: dict[str, Any] = field(default_factory=dict)
     edit: dict[str, Any] = field(default_factory=dict)
+    restoration: dict[str, Any] = field(default_factory=dict)
     model: str = "builtin"
     digests: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -86,6 +87,7 @@ class Recipe:
         rows |= {"strength": self.strength, "sampler": self._with(self.sampler, self.sampler_set)}
         rows |= {"spacing": self._with(self.spacing, self.spacing_set), "guidance": self.guide or self.guidance_scale}
         rows |= {"edit": self.edit and f"{self.edit.get('source')} -> {self.edit.get('target')}"} if self.edit else {}
+        rows |= {"restored": " by ".join(str(v) for k, v in self.restoration.items() if k in ("operator", "method"))}
         rows |= {"size": f"{self.width}x{self.height}", "model": self.model, "made with": f"{self.dtype} on {self.device}"}
         return "\n".join(f"{name + ':':<17}{value}" for name, value in rows.items() if value not in (None, ""))
 

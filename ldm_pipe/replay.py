@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ldm_pipe import __version__, strict
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import UsageError
 from ldm_pipe.recipe import FORMATS, Recipe, encode
-from ldm_pipe.settings import Settings
+from ldm_pipe.restoration import Restoration
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,8 +26,8 @@ LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "pillow")
 SHARED = [f.name for f in dataclasses.fields(Recipe)]
 
 
-def recipe_of(out: Output, pipe: Pipeline, index: int, edit: Edit | None = None) -> Recipe:
-    """The recipe of image number `index` of a call's output; edit: what the call was."""
+def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
+    """The recipe of image number `index` of a call's output."""
     import torch
 
     settings, (batch, row) = out.settings, out.places[index]
@@ -35,7 +36,7 @@ def recipe_of(out: Output, pipe: Pipeline, index: int, edit: Edit | None = None)
     return Recipe(
         **given
         | {"prompt": out.prompts[index], "seed": out.seeds[index]}
-        | {"batch": batch, "row": row, "sources": dict(out.sources), "edit": dataclasses.asdict(edit) if edit else {}}
+        | {"batch": batch, "row": row, **out.recorded}
         | {"model": pipe.name, "digests": dict(pipe.bundle.digests), "dtype": str(pipe.dtype).removeprefix("torch.")}
         | {"device": platform.machine() if cpu else torch.cuda.get_device_name(pipe.device)}
         | {"threads": torch.get_num_threads() if cpu else 0, "versions": _versions()}
@@ -67,23 +68,27 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return given | {"seeds": (recipe.seed,) * recipe.batch, "batch_size": recipe.batch}
 
 
-def again(recipe: Recipe, pipe: Pipeline, init_image: Image | None = None, mask: Image | None = None) -> Output:
-    """Run a recipe. The image is computed in a batch of the recorded size, at its place in it. init_image, mask: what it
-    started from. Raises UsageError where those are not the ones it was made from."""
-    given = {"init_image": init_image, "mask": mask}
-    for name in given:
-        if (name in recipe.sources) != (given[name] is not None):
+def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Image] | None = None) -> Output:
+    """Run a recipe. The image is computed in a batch of the recorded size, at its place in it. pictures: what it started from,
+    as "init_image", "mask", "input". Raises UsageError where those are not the ones it was made from."""
+    given = dict(pictures or {})
+    for name in ("init_image", "mask", "input"):
+        if (name in recipe.sources) != (name in given):
             wanted = "is needed: the image was made from one" if name in recipe.sources else "was not used for it"
             raise UsageError(f"--{name.replace('_', '-')} {wanted}")
-    prompts, guides, settings = [recipe.prompt] * recipe.batch, [], settings_of(recipe)
-    if recipe.edit:
-        edit, half = strict.build(Edit, recipe.edit, "edit"), recipe.batch // 2
-        prompts = [edit.source] * half + [edit.target] * half
-        guides = [edit.guide(pipe, pipe.resolve(Settings(**settings)), half)]
-    out = pipe(prompts, init_image=init_image, mask=mask, guides=guides, **settings)
-    for name, digest in out.sources.items():
+    degraded, prompts = given.pop("input", None), [recipe.prompt] * recipe.batch
+    edit = strict.build(Edit, recipe.edit, "edit") if recipe.edit else None
+    if edit is not None:
+        prompts = [p for p in (edit.source, edit.target) for _ in range(recipe.batch // 2)]
+    whole = pipe.plan(prompts, **given, **settings_of(recipe))
+    if edit is not None:
+        whole = edit.applied(pipe, whole)
+    if degraded is not None:
+        whole = strict.build(Restoration, recipe.restoration, "restoration").applied(pipe, whole, degraded)
+    for name, digest in whole.recorded.get("sources", {}).items():
         if digest != recipe.sources[name]:
             raise UsageError(f"--{name.replace('_', '-')} is not the picture that the image was made from")
+    out = next(pipe.run(whole))
     row = slice(recipe.row, recipe.row + 1)
     kept = {n: getattr(out, n)[row] for n in ("images", "latents", "prompts", "seeds", "places")}
     return dataclasses.replace(out, **kept)
@@ -98,5 +103,4 @@ def verify(path: str | os.PathLike[str], recipe: Recipe, out: Output, pipe: Pipe
         copy = Picture.open(io.BytesIO(encode(out.images[0], None, original.format or "PNG")))
         before, after = (np.asarray(i.convert("RGB"), dtype=int) for i in (original, copy))
     largest = 255 if before.shape != after.shape else int(np.abs(before - after).max())
-    edit = strict.build(Edit, recipe.edit, "edit") if recipe.edit else None
-    return Verdict(largest, tuple(recipe.differences(recipe_of(out, pipe, 0, edit))))
+    return Verdict(largest, tuple(recipe.differences(recipe_of(out, pipe, 0))))

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from ldm_pipe import guide, registry, strict
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe.restoration import Restoration
 from ldm_pipe.settings import Settings, check_device, check_dtype, check_sides
 
 SETTINGS = (
@@ -22,7 +23,7 @@ SETTINGS = (
 )  # fmt: skip
 MOST_TEXT = 64_000_000
 WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype")
-WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", *WITH_SHOW[1:])
+WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", *WITH_SHOW[1:])
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Request:
     mask: str | None = None
     strength: float | None = None
     edit: str | None = None
+    restore: str | None = None
+    input: str | None = None
+    method: str = "dps"
     dtype: str = "auto"
     device: str = "auto"
     grid: bool = False
@@ -90,6 +94,8 @@ class Request:
         rows += _rows(self.prompts) if self.prompts is not None else []
         if self.prompts is not None and len(rows) == len(given):
             raise UsageError(f"--prompts {self.prompts!r} holds no prompt")
+        if not rows and self.restore is not None:
+            rows = [("", None)]
         if not rows:
             raise UsageError('--prompt is needed, such as --prompt "a fox on a blue background"')
         seeds = [s for _, s in rows if s is not None]
@@ -103,6 +109,7 @@ class Request:
         """The keywords of the pipeline. Raises UsageError on any that is wrong."""
         found: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS} | {"seeds": seeds}
         found |= {f"{kind}_set": self.fields(kind) for kind in ("sampler", "spacing")}
+        self.restored()
         if self.fields("edit") and self.edit is None:
             raise UsageError('--set edit... goes with --edit "SOURCE -> TARGET"')
         settings = Settings(**found)
@@ -127,12 +134,22 @@ class Request:
         for item in self.set:
             key, equals, value = item.partition("=")
             kind, dot, name = key.partition(".")
-            if not (equals and dot and kind in ("sampler", "spacing", "edit")):
+            if not (equals and dot and kind in ("sampler", "spacing", "edit", "restore")):
                 hint = f"; did you mean sampler.{item}?" if equals and not dot else ""
                 raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value{hint}")
             if kind == wanted:
                 found[name] = value
         return found
+
+    def restored(self) -> Restoration | None:
+        """What --restore asks for."""
+        fields = self.fields("restore")
+        if self.restore is None or self.input is None:
+            if self.restore is not None or self.input is not None or fields:
+                raise UsageError('--restore and --input go together: --restore "pool(4)" --input small.png')
+            return None
+        deviation = strict.coerce(fields.pop("deviation", 0.0), float, "--set restore.deviation")
+        return Restoration(self.restore, self.method, fields, deviation)
 
     def edited(self) -> Edit:
         """What --edit asks for."""

@@ -12,18 +12,27 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from ldm_pipe import CFG, VP, Between, Rescale, UsageError, build, registry
+from ldm_pipe.codec import Identity
+from ldm_pipe.restore.mask import Mask
+from ldm_pipe.restore.operator import Measurement
 from ldm_pipe.samplers.ddim import DDIM
 from ldm_pipe.walk import Sampler
 
+VALUES: dict[str, Any] = {
+    "lo": 0.1, "hi": 0.9, "sampler": DDIM(), "codec": Identity(),
+    "measurement": Measurement(Mask(), torch.zeros(1, 3, 8, 8), 0.1),
+    "background": torch.zeros(1, 4, 8, 8), "keep": torch.ones(1, 1, 8, 8),
+}  # fmt: skip
 EVERY = [(kind, name) for kind, names in registry.KINDS.items() for name in names]
 every = pytest.mark.parametrize(("kind", "name"), EVERY)
 
 
 def required(kind: str, name: str) -> dict[str, Any]:
     """Values for the fields that have no default."""
-    return {n: {"lo": 0.1, "hi": 0.9}[n] for n, default in registry.entry(kind, name).fields if default == "required"}
+    return {n: VALUES[n] for n, default in registry.entry(kind, name).fields if default == "required"}
 
 
 @every

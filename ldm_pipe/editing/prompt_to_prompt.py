@@ -80,7 +80,7 @@ class PromptToPrompt:
         if rows is None:
             return out
         if max((max(pair) for pair in self.pairs), default=0) >= site.rows.count:
-            raise UsageError(f"an edit needs its pictures in one batch, which holds {site.rows.count}; give a larger --batch-size")
+            raise UsageError(f"an edit needs its pictures in one batch, and this one holds {site.rows.count}")
         s, t = ([rows.start + pair[k] for pair in self.pairs] for k in (0, 1))
         if site.cross:
             edited = u > self.cross
