@@ -113,9 +113,9 @@ def _generate(request: Request) -> int:
     if not request.quiet:
         count, given = sum(len(o.images) for o in done), done[0].settings
         walked = f", {given.walked} of {given.steps} steps" if given.strength else ""
-        seeds = [s for out in done for s in out.seeds]
+        used = [s for out in done for s in out.seeds]
         took = time.perf_counter() - started
-        print(f"{count} image{'s'[: count > 1]}, {_seeds(seeds)}{walked}, {took:.1f} s", file=sys.stderr)
+        print(f"{count} image{'s'[: count > 1]}, {_seeds(used)}{walked}, {took:.1f} s", file=sys.stderr)
     return 0
 
 

@@ -15,18 +15,18 @@ from ldm_pipe.level import CLEAN, Level
 
 
 class Rows(NamedTuple):
-    """What the rows of a batched network call are: `count` images under every branch, in the branches' order, at a level."""
+    """What the rows of a batched network call are: `size` images under every branch, in the branches' order, at a level."""
 
     branches: tuple[str, ...]
-    count: int
+    size: int
     level: Level
 
     def of(self, branch: str) -> slice | None:
         """The rows of one branch, None where the call does not hold it."""
         if branch not in self.branches:
             return None
-        first = self.branches.index(branch) * self.count
-        return slice(first, first + self.count)
+        first = self.branches.index(branch) * self.size
+        return slice(first, first + self.size)
 
 
 # Of the call that runs in this thread; what looks into a network (attention rules, feature taps) reads it there.

@@ -10,7 +10,7 @@ from ldm_pipe.errors import UsageError
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import Pipeline
-    from ldm_pipe.plan import Plan
+    from ldm_pipe.plan import Guide, Plan
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,6 @@ class Edit:
         tokens, count = TokenMap.of(text.tokenizer, text.window, self.source, self.target), len(whole.rows) // 2
         pairs = tuple((k, count + k) for k in range(count))
         rule = PromptToPrompt(tokens, pairs, until(whole.levels, self.cross), until(whole.levels, self.own))
-        guides = (*whole.guides, Attending(pipe.bundle.model, rule))
+        guides: tuple[Guide, ...] = (*whole.guides, Attending(pipe.bundle.model, rule))
         given = replace(whole.given, batch_size=2 * count)
         return replace(whole, given=given, guides=guides, recorded={**whole.recorded, "edit": asdict(self)})

@@ -76,11 +76,11 @@ def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Image] | None =
         if (name in recipe.sources) != (name in given):
             wanted = "is needed: the image was made from one" if name in recipe.sources else "was not used for it"
             raise UsageError(f"--{name.replace('_', '-')} {wanted}")
-    degraded, prompts = given.pop("input", None), [recipe.prompt] * recipe.batch
+    degraded, prompts = given.get("input"), [recipe.prompt] * recipe.batch
     edit = strict.build(Edit, recipe.edit, "edit") if recipe.edit else None
     if edit is not None:
         prompts = [p for p in (edit.source, edit.target) for _ in range(recipe.batch // 2)]
-    whole = pipe.plan(prompts, **given, **settings_of(recipe))
+    whole = pipe.plan(prompts, None, given.get("init_image"), given.get("mask"), **settings_of(recipe))
     if edit is not None:
         whole = edit.applied(pipe, whole)
     if degraded is not None:

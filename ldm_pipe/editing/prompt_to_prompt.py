@@ -79,8 +79,8 @@ class PromptToPrompt:
         rows, u = site.rows.of(self.branch), float(site.rows.level.u)
         if rows is None:
             return out
-        if max((max(pair) for pair in self.pairs), default=0) >= site.rows.count:
-            raise UsageError(f"an edit needs its pictures in one batch, and this one holds {site.rows.count}")
+        if max((max(pair) for pair in self.pairs), default=0) >= site.rows.size:
+            raise UsageError(f"an edit needs its pictures in one batch, and this one holds {site.rows.size}")
         s, t = ([rows.start + pair[k] for pair in self.pairs] for k in (0, 1))
         if site.cross:
             edited = u > self.cross
