@@ -22,6 +22,7 @@ from ldm_pipe import Pipeline, files, image, recipe
 from ldm_pipe.analysis.interval import wilson
 from train.world import draw_scene, render
 from train.world.grader import grade
+from train.world.nearest import resembles
 from train.world.scenes import Scene, captions
 
 CATEGORIES = {
@@ -49,14 +50,15 @@ def scenes(kind: str, split: str, count: int, seed: int) -> list[Scene]:
 
 
 def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> dict[str, float]:
-    """How many images say what their prompts say. Image i has seed i."""
+    """How many images say what their prompts say, by the grader and by the nearest sprites. Image i has seed i."""
     seeds = tuple(range(len(wanted)))
-    right = 0
+    right = near = 0
     for first in range(0, len(wanted), 50):
         part = wanted[first : first + 50]
         out = pipe([captions(s)[0] for s in part], seeds=seeds[first : first + 50], batch_size=50, **settings)
         right += sum(grade(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
-    return share(right, len(wanted))
+        near += sum(resembles(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
+    return {**share(right, len(wanted)), "nearest": 100 * near / len(wanted)}
 
 
 def codec(pipe: Pipeline, count: int) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def main() -> None:
         for name, (kind, split) in CATEGORIES.items():
             row = accuracy(pipe, scenes(kind, split, args.prompts, 11), settings)
             found.setdefault("accuracy", {})[name] = row
-            print(f"| {name} | {row['right']:.1f} | {row['low']:.1f} to {row['high']:.1f} |", flush=True)
+            interval = f"{row['right']:.1f}% ({row['low']:.0f} to {row['high']:.0f})"
+            print(f"| {name} | {interval} | {row['nearest']:.0f}% |", flush=True)
     if args.only in (None, "guidance"):
         found["guidance"] = guidance(pipe, max(20, args.prompts // 5), settings, args.output)
     if args.only in (None, "sheet"):
