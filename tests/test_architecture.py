@@ -19,9 +19,9 @@ CORE = ("level", "path", "prediction", "cond", "model", "noise", "walk", "levels
 METHOD = 5
 RANKS = {
     "errors": 0, "level": 1, "strict": 1, "settings": 1, "image": 1, "files": 1, "prediction": 2, "path": 2, "noise": 2,
-    "cond": 2, "levels": 2, "registry": 2, "model": 3, "attention": 3, "walk": 4, "blocks": 4, "tokens": 4, "weights": 4,
-    "codec": 4, "restore.spectrum": 3, "restore.operator": 4, "loading": 6, "memory": 6, "plan": 7, "pipeline": 8, "edit": 9,
-    "restoration": 9, "replay": 10, "request": 10, "commands": 11, "cli": 12, "__main__": 13,
+    "cond": 2, "levels": 2, "registry": 2, "expansion": 2, "model": 3, "attention": 3, "walk": 4, "blocks": 4, "tokens": 4,
+    "weights": 4, "codec": 4, "restore.spectrum": 3, "restore.operator": 4, "loading": 6, "memory": 6, "plan": 7, "pipeline": 8,
+    "edit": 9, "restoration": 9, "replay": 10, "request": 10, "commands": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 SIBLINGS = {"ldm_pipe.guidance.cfg"}  # the rule that other rules wrap by default
 HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}
