@@ -189,7 +189,7 @@ def _table(config: Mapping[str, Any], where: str) -> VP:
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ModelError(f"{path.parent.name} is not a model folder: it has no {path.name}")
+        raise ModelError(f"{path.parent.name} has no {path.name}; a model is a folder in diffusers' layout")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

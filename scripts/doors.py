@@ -85,7 +85,10 @@ def interrupts(folder: Path, rounds: int) -> dict[str, Any]:
         number = list(CODES)[k % len(CODES)]
         place = folder / f"round{k}"
         flags = ["-p", PROMPT, "--num-images", "4000", "--batch-size", "2", "--steps", "2", "-o", str(place)]
-        run = subprocess.Popen([*GENERATE, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            [*GENERATE, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where this runs in the background
+        )  # fmt: skip
         time.sleep(rng.uniform(0.3, 6))
         began = time.perf_counter()
         run.send_signal(number)

@@ -116,14 +116,14 @@ def _retensor(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json cannot be read"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
     "index is a list": (lambda f: (f / "model_index.json").write_text("[1]"), "holds list"),
     "index is not JSON": (lambda f: (f / "model_index.json").write_text("{"), "cannot be read as JSON"),
     "foreign class": (
         lambda f: _rewrite(f, "model_index.json", lambda c: c.update(unet=["evil", "Network"])), r"unet is \['evil'",
     ),
     "part outside": (lambda f: _rewrite(f, "model_index.json", lambda c: c.update(vae="../vae")), "vae is '../vae'"),
-    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json cannot be read"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler_config.json"),
     "missing tensor": (lambda f: _retensor(f / UNET, lambda t: t.pop("conv_in.weight")), "missing tensor 'conv_in.weight'"),
     "extra tensor": (lambda f: _retensor(f / UNET, lambda t: t.update(evil=torch.zeros(1))), "unexpected tensor 'evil'"),
     "wrong shape": (lambda f: _retensor(f / UNET, lambda t: t.update({"conv_in.bias": torch.zeros(3)})), "unet"),

@@ -82,5 +82,5 @@ def test_the_positive_branch_can_be_named(run: Branches, x: Tensor) -> None:
 
 @pytest.mark.parametrize(("lo", "hi"), [(-0.1, 0.5), (0.6, 0.5), (0.5, 1.1), (float("nan"), 0.5)])
 def test_intervals_outside_0_to_1_are_refused(lo: float, hi: float) -> None:
-    with pytest.raises(UsageError, match="between takes 0 <= lo <= hi <= 1"):
+    with pytest.raises(UsageError, match="between: it takes 0 <= lo <= hi <= 1"):
         Between(lo, hi)
