@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ldm_pipe.codec import Codec
 from ldm_pipe.errors import EnvironmentFault
 
+# Tensors as large as the largest that are alive at once: the built-in model took 160 MiB more at 512x512 than at 64x64, where
+# this forecasts 192.
 LIVE = 8
 OVERLAP = 4  # latent pixels in which two tiles are blended
 SMALLEST = 8  # latent pixels of the smallest tile's side
