@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -51,6 +52,11 @@ def _plain(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def digest(picture: Image.Image) -> str:
+    """SHA-256 of a picture's size and pixels, 64 hexadecimal digits."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +45,7 @@ class Restoration:
     def applied(self, pipe: Pipeline, whole: Plan, degraded: Image) -> Plan:
         """The plan that restores: the method around its denoiser or its sampler, and a report of what it leaves unmet."""
         from ldm_pipe.codec import Identity
+        from ldm_pipe.image import digest
         from ldm_pipe.restore.latent import Latent
         from ldm_pipe.restore.operator import Measurement
 
@@ -57,8 +57,7 @@ class Restoration:
         made = {"measurement": measurement, "sampler": whole.sampler, "codec": codec}
         wanted = {n for n, _ in registry.entry("restoration", self.method).fields}
         method = registry.build("restoration", self.method, **self.fields, **{n: v for n, v in made.items() if n in wanted})
-        digest = hashlib.sha256(repr(degraded.size).encode() + degraded.tobytes()).hexdigest()
-        sources = {**whole.recorded.get("sources", {}), "input": digest}
+        sources = {**whole.recorded.get("sources", {}), "input": digest(degraded)}
         whole = replace(
             whole,
             recorded={**whole.recorded, "sources": sources, "restoration": asdict(self)},

@@ -5,7 +5,6 @@ SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equation
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ldm_pipe.codec import Codec
 from ldm_pipe.errors import UsageError
-from ldm_pipe.image import to_tensor
+from ldm_pipe.image import digest, to_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class Source:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the pixels of the picture and of the mask, as they were used."""
         parts = {"init_image": self.picture, "mask": self.mask}
-        return {n: hashlib.sha256(repr(i.size).encode() + i.tobytes()).hexdigest() for n, i in parts.items() if i}
+        return {n: digest(i) for n, i in parts.items() if i}
 
     def latents(self, codec: Codec, device: torch.device) -> Tensor:
         """[1,C,h,w], the picture through the codec."""

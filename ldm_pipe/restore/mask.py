@@ -47,10 +47,7 @@ class Mask(Linear):
 
 def _read(name: str) -> Tensor:
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(name) as picture:
-            return torch.from_numpy(np.asarray(picture.convert("L")) > 127)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"mask {name!r} is neither half, nor box, nor a picture that can be read") from error
+    from ldm_pipe import image
+
+    return torch.from_numpy(np.asarray(image.read(name, "mask, where it is neither half nor box,").convert("L")) > 127)

@@ -269,7 +269,7 @@ def test_a_wrong_text_is_one_sentence(text: str, words: str) -> None:
         ("pool(3)", "multiples of 3, got 8x16"),
         ("bicubic(3)", "multiples of 3"),
         ("cs(3)", "multiple of 3"),
-        ("mask(nowhere.png)", "neither half, nor box"),
+        ("mask(nowhere.png)", "neither half nor box"),
         ("blur(gaussian, 0)", "above 0"),
         ("blur(uniform, 4)", "odd"),
     ],
