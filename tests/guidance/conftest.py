@@ -26,9 +26,7 @@ def x() -> Tensor:
 def run() -> Branches:
     """Branches cond and uncond of a toy network on the flow path that predicts v; fresh counts."""
     model = Model(_network, Flow(), VELOCITY)
-    rows = {
-        name: Cond(tokens=torch.full((3, 1, 1), value).double()) for name, value in (("cond", 0.9), ("uncond", -0.4))
-    }
+    rows = {name: Cond(tokens=torch.full((3, 1, 1), value).double()) for name, value in (("cond", 0.9), ("uncond", -0.4))}
     return model.branches(**rows)
 
 

@@ -1,0 +1,159 @@
+"""LinearAG: Adaptive Guidance, Castillo et al. 2023, arXiv 2312.12487, section 5: the negative branch from what is known.
+
+The noise of the negative branch is nearly a linear combination of the noises seen so far, with one number per step and per
+earlier estimate, the same for all pixels and all prompts. `solve` finds these numbers from recorded runs of plain guidance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_pipe import files, strict
+from ldm_pipe.errors import UsageError
+from ldm_pipe.guidance.cfg import CFG
+from ldm_pipe.level import Level
+from ldm_pipe.model import Estimate
+from ldm_pipe.prediction import EPS
+from ldm_pipe.settings import Settings
+
+Seen = tuple[float, Tensor, Tensor]  # u, and the noises of the positive and of the negative branch, [B,...]
+SLACK = 1e-6  # by which the u of a level may differ from the fit's
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The numbers of one setting, which fit no other. levels: u of every evaluation; own, other: of evaluation t, t + 1 numbers
+    for the positive noises so far and t for the negative ones."""
+
+    sampler: str
+    steps: int
+    scale: float
+    levels: tuple[float, ...]
+    own: tuple[tuple[float, ...], ...]
+    other: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        sizes = [(t + 1, t) for t in range(len(self.levels))]
+        if [(len(a), len(b)) for a, b in zip(self.own, self.other, strict=False)] != sizes:
+            raise UsageError("a fit holds t + 1 and t numbers for evaluation t")
+
+    @classmethod
+    def read(cls, path: str) -> Fit:
+        """From a JSON file. Raises UsageError where it is not of the form."""
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"linear_ag: {path!r} cannot be read as JSON: {type(error).__name__}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"linear_ag: {path!r} does not hold an object")
+        return strict.build(cls, found, f"the fit {path!r}")
+
+    def write(self, path: str | os.PathLike[str], replace: bool = False) -> None:
+        """Into a JSON file."""
+        files.write(path, (json.dumps(dataclasses.asdict(self)) + "\n").encode(), replace=replace)
+
+
+@dataclass(frozen=True)
+class LinearAG:
+    """CFG that guesses the negative noise: at every second level of the first half, and at all of the second.
+
+    fit: `Fit`, or its JSON file; it names the sampler, the steps and the scale, and other ones are refused. Works in the noise,
+    whatever the network predicts. 20 evaluations of the positive branch take 5 of the negative one.
+    """
+
+    fit: str | Fit
+    positive: str = "cond"
+    negative: str = "uncond"
+    _fit: list[Fit] = field(default_factory=list, init=False, repr=False, compare=False)
+    _seen: list[Seen] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._fit.append(self.fit if isinstance(self.fit, Fit) else Fit.read(self.fit))
+
+    def fresh(self) -> LinearAG:
+        """The rule at the start of a run."""
+        return replace(self, fit=self._fit[0])
+
+    def suits(self, given: Settings) -> None:
+        """Raises UsageError where the run is not that of the fit."""
+        fit = self._fit[0]
+        if (given.sampler, given.steps) != (fit.sampler, fit.steps):
+            made = f"{fit.steps} steps of {fit.sampler}"
+            raise UsageError(f"linear_ag: the fit is of {made}; this run has {given.steps} of {given.sampler}")
+
+    def needs(self, level: Level) -> tuple[str, ...]:
+        """Both branches where the negative one is not guessed."""
+        return (self.positive, self.negative) if self._exact() else (self.positive,)
+
+    def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
+        """The guided estimate. Raises UsageError at a level that is not the fit's."""
+        fit, t, p = self._fit[0], len(self._seen), estimates[self.positive]
+        if t >= len(fit.levels) or abs(float(level.u) - fit.levels[t]) > SLACK:
+            raise UsageError(f"linear_ag: evaluation {t + 1} is at u = {float(level.u):.4f}, and the fit has other levels")
+        if self._exact():
+            n = estimates[self.negative]
+        else:
+            noise = self._guess(fit, t, p.noise)
+            n = Estimate(EPS.x0(x, noise, level), noise)
+        self._seen.append((float(level.u), p.noise, n.noise))
+        return CFG(fit.scale)({"cond": p, "uncond": n}, x, level)
+
+    def _exact(self) -> bool:
+        t = len(self._seen)
+        return t % 2 == 0 and t < (len(self._fit[0].levels) + 1) // 2
+
+    def _guess(self, fit: Fit, t: int, noise: Tensor) -> Tensor:
+        found = fit.own[t][t] * noise
+        for i, (_, own, other) in enumerate(self._seen):
+            found = found + fit.own[t][i] * own + fit.other[t][i] * other
+        return found
+
+
+@dataclass(frozen=True)
+class Recording:
+    """CFG that notes every evaluation, a list for every run: what `solve` takes."""
+
+    scale: float
+    runs: list[list[Seen]] = field(default_factory=list)
+
+    def fresh(self) -> Recording:
+        """The same list of runs, with a new one begun."""
+        self.runs.append([])
+        return self
+
+    def needs(self, level: Level) -> tuple[str, ...]:
+        """Both branches."""
+        return ("cond", "uncond")
+
+    def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
+        """CFG's estimate."""
+        p, n = estimates["cond"], estimates["uncond"]
+        self.runs[-1].append((float(level.u), p.noise.double().cpu(), n.noise.double().cpu()))
+        return CFG(self.scale)(estimates, x, level)
+
+
+def solve(runs: Sequence[Sequence[Seen]], sampler: str, steps: int, scale: float) -> Fit:
+    """The fit of recorded runs by least squares, evaluation by evaluation, over all images and pixels.
+
+    Raises UsageError where the runs differ in their levels or are none.
+    """
+    runs = [run for run in runs if run]
+    levels = tuple(seen[0] for seen in runs[0]) if runs else ()
+    if not runs or any(tuple(seen[0] for seen in run) != levels for run in runs):
+        raise UsageError("linear_ag: a fit takes runs that went along the same levels")
+    own = [torch.cat([run[t][1].flatten() for run in runs]) for t in range(len(levels))]
+    other = [torch.cat([run[t][2].flatten() for run in runs]) for t in range(len(levels))]
+    found = []
+    for t in range(len(levels)):
+        known = torch.stack([*own[: t + 1], *other[:t]], 1)
+        found.append(torch.linalg.lstsq(known, other[t][:, None], rcond=1e-12, driver="gelsd").solution[:, 0].tolist())
+    both = [(tuple(numbers[: t + 1]), tuple(numbers[t + 1 :])) for t, numbers in enumerate(found)]
+    return Fit(sampler, steps, scale, levels, tuple(a for a, _ in both), tuple(b for _, b in both))
