@@ -14,6 +14,8 @@ _HOMES = {
     "wasserstein": ("Closeness", "closeness", "gaussian_w2", "sample_w2", "sliced_w2"),
     "modes": ("mode_fractions",),
     "interval": ("wilson",),
+    "likelihood": ("log_likelihood",),
+    "search": ("Found", "Search"),
     "reference": ("Problem", "reference_problem"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

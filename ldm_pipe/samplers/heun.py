@@ -58,3 +58,13 @@ class Heun(Sampler):
     def _x0(x: Tensor, here: Level, there: Level, first: Estimate, second: Estimate) -> Tensor:
         shrink = there.sigma / here.sigma
         return shrink * x + (there.alpha - shrink * here.alpha) * (first.x0 + second.x0) / 2
+
+
+@dataclass(frozen=True)
+class FlowHeun(Heun):
+    """Heun's method on rectified flow's ODE: the velocity noise - x0 averaged over both ends of the step.
+
+    Flow Straight and Fast, Liu et al. 2022, arXiv 2209.03003, eq. 1; the step into sigma = 0 is Euler's.
+    """
+
+    average: Literal["ve", "flow", "x0"] = "flow"

@@ -11,7 +11,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
 from ldm_pipe import VP, Flow, Gaussian, Level, Noise, UsageError, levels, sample
-from ldm_pipe.samplers.heun import Heun
+from ldm_pipe.samplers.heun import FlowHeun, Heun
 
 Close = Callable[[Tensor, Tensor, float], None]
 
@@ -77,3 +77,8 @@ def test_the_step_into_clean_is_eulers(prior: Gaussian, noise: Noise) -> None:
 
 def test_starts_from_noise_of_scale_sigma(noise: Noise) -> None:
     assert torch.equal(Heun().start(noise.start(), Level(0.6, 0.8)), noise.start() * 0.8)
+
+
+def test_flow_heun_is_a_name_of_it(prior: Gaussian, noise: Noise) -> None:
+    walk = levels.linspace(Flow(), 5)
+    assert torch.equal(*(sample(prior, noise.start(), walk, s, noise) for s in (Heun("flow"), FlowHeun())))
