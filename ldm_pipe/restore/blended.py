@@ -17,11 +17,11 @@ from ldm_pipe.codec import Codec
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.walk import Sampler, Step
+from ldm_pipe.walk import Sampler, Step, Wrapping
 
 
 @dataclass(frozen=True, eq=False)
-class BlendedLatent(Sampler):
+class BlendedLatent(Wrapping):
     """After every step of another sampler, the latents to keep become the background's, noised to the same level.
 
     background: latents [1 or B,c,h,w]; keep: [1 or B,1,h,w], True where the background stays. The pixels to keep come back
@@ -39,11 +39,7 @@ class BlendedLatent(Sampler):
         small = F.interpolate((keep != 0).to(image.dtype), size=background.shape[2:], mode="nearest")
         return cls(background, small != 0, sampler)
 
-    def start(self, noise: Tensor, level: Level) -> Tensor:
-        """The sampler's."""
-        return self.sampler.start(noise, level)
-
-    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
+    def down(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
         """One step, blended at `there`."""
         done = self.sampler.step(denoise, x, here, there, memory, noise)
         known = there.mix(self.background, noise("data")) if there.sigma else there.alpha * self.background

@@ -1,4 +1,4 @@
-"""DDNM+ for noisy measurements: Wang et al. 2022, arXiv 2212.00490, section 3.3 and appendix (the form by singular values).
+"""DDNM+ for noisy measurements: Wang et al. 2022, arXiv 2212.00490, section 3.3 (eq. 17-19) and appendix (by singular values).
 
 Per singular direction, so that the noise of the data counts towards the noise of the next level. As the data's noise falls to
 0 the range space gets fresh noise, where `ddnm` keeps the network's: the two do not meet at deviation 0.
@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.restore.operator import Measurement
+from ldm_pipe.restore.operator import Measurement, ancestral
 from ldm_pipe.walk import Sampler, Step
 
 
@@ -47,3 +47,27 @@ class DDNMPlus(Sampler):
         up = (there.sigma**2 - theta**2).clamp(min=0).sqrt()
         fresh = torch.where(a.known & enough, up, self.eta * there.sigma)
         return Step(a.v(mean + fresh * a.vt(noise("step"))), estimate)
+
+
+@dataclass(frozen=True)
+class DDNMScaled(Sampler):
+    """DDNM+ with one number for all directions, eq. 17-19, for operators whose A+ leaves the noise of the data white.
+
+    x0 moves to x0 - lambda A+ (A x0 - y) and the variance of the ancestral kernel falls to v - (c lambda deviation)^2, c the
+    weight of x0 in it and lambda = min(1, sqrt(v) / (c deviation)). Any operator that `ddnm` takes. (The official script takes
+    abar for its square root there and multiplies the noise instead of replacing it.)
+    """
+
+    measurement: Measurement
+
+    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
+        """One step; owns its kernel."""
+        estimate, m = denoise(x, here), self.measurement
+        mean, variance = ancestral(estimate.x0, x, here, there)
+        weight = there.alpha * (1 - (here.alpha * there.sigma / (there.alpha * here.sigma)) ** 2)
+        spread = weight * m.deviation
+        gain = 1.0 if spread**2 <= variance else float(variance**0.5 / spread)
+        mean = mean + gain * weight * (m.operator.prox(estimate.x0, 0.0, m.y) - estimate.x0)
+        if there.sigma == 0:
+            return Step(mean, estimate)
+        return Step(mean + max(variance - (gain * spread) ** 2, 0.0) ** 0.5 * noise("step"), estimate)

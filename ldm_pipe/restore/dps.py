@@ -8,43 +8,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.restore.operator import Measurement, answered, norm, shifted
-from ldm_pipe.walk import Sampler, Step
+from ldm_pipe.restore.operator import Measurement, norm, shifted, through
+from ldm_pipe.walk import Sampler, Step, Wrapping
+
+FAINT = 0.05  # |y| of a grey in the middle is 0, which nothing can be divided by
 
 
 @dataclass(frozen=True)
-class DPS(Sampler):
+class DPS(Wrapping):
     """After a step of another sampler (ancestral in the paper, 1000 steps), x moves by -scale * gradient of |y - A x0(x)|.
 
     scale: .3 for super-resolution and blur, .5 for random masks, 1 for phase retrieval; 0 is the sampler itself. The norm is
-    not squared, as in the official code. On latents, with an operator that decodes first, this is latent DPS.
+    not squared, as in the official code. poisson: for data whose noise grows with their brightness, the norm is divided by
+    |y|, as there: multiplied by the mean of 1 / |y|, |y| taken for no less than FAINT. On latents, with an operator that
+    decodes first, this is latent DPS.
     """
 
     measurement: Measurement
     sampler: Sampler
     scale: float = 0.3
+    poisson: bool = False
 
-    def start(self, noise: Tensor, level: Level) -> Tensor:
-        """The sampler's."""
-        return self.sampler.start(noise, level)
-
-    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
+    def down(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
         """One step of the sampler and one of the gradient."""
         if self.scale == 0:
             return self.sampler.step(denoise, x, here, there, memory, noise)
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            estimate = denoise(leaf, here)
-            gradient = torch.autograd.grad(norm(self.measurement.misfit(estimate.x0)).sum(), leaf)[0]
-        done = self.sampler.step(answered(denoise, x, estimate), x, here, there, memory, noise)
+        known, gradient = through(denoise, x, here, self._loss)
+        done = self.sampler.step(known, x, here, there, memory, noise)
         return done._replace(x=done.x - self.scale * gradient)
+
+    def _loss(self, x0: Tensor) -> Tensor:
+        away = norm(self.measurement.misfit(x0))
+        if not self.poisson:
+            return away
+        return away * (1 / self.measurement.y.abs().clamp(min=FAINT)).flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,11 @@ class DPSScore:
             return denoise
 
         def move(x: Tensor, level: Level) -> Estimate:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                estimate = denoise(leaf, level)
-                square = self.measurement.misfit(estimate.x0).flatten(1).square().sum()
-                gradient = torch.autograd.grad(square, leaf)[0]
-            known = answered(denoise, x, estimate)(x, level)
-            return shifted(known, -self.scale / (2 * self.measurement.deviation**2) * gradient, x, level)
+            known, gradient = through(denoise, x, level, lambda x0: _square(self.measurement.misfit(x0)))
+            return shifted(known(x, level), -self.scale / (2 * self.measurement.deviation**2) * gradient, x, level)
 
         return move
+
+
+def _square(t: Tensor) -> Tensor:
+    return t.flatten(1).square().sum(1)

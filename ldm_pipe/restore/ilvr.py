@@ -15,11 +15,11 @@ from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
 from ldm_pipe.restore.operator import Measurement
-from ldm_pipe.walk import Sampler, Step
+from ldm_pipe.walk import Sampler, Step, Wrapping
 
 
 @dataclass(frozen=True)
-class ILVR(Sampler):
+class ILVR(Wrapping):
     """After a step of another sampler (ancestral in the paper, 100 steps), what A sees of x becomes the noised data's.
 
     weight: how far, 0 not at all. least: no more below this u = sigma / (alpha + sigma) in 0..1 (the paper's range), so that
@@ -31,15 +31,10 @@ class ILVR(Sampler):
     weight: float = 1.0
     least: float = 0.0
 
-    def start(self, noise: Tensor, level: Level) -> Tensor:
-        """The sampler's."""
-        return self.sampler.start(noise, level)
-
-    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
+    def down(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
         """One step of the sampler, and the data."""
         done = self.sampler.step(denoise, x, here, there, memory, noise)
         if self.weight == 0 or float(there.u) < self.least:
             return done
-        seen = self.measurement.noised(there, noise("data")) if there.sigma else there.alpha * self.measurement.y
-        fit = self.measurement.linear.prox(done.x, 0.0, seen)
+        fit = self.measurement.merged(done.x, there, noise)
         return done._replace(x=fit if self.weight == 1 else done.x + self.weight * (fit - done.x))

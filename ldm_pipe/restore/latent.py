@@ -7,21 +7,41 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldm_pipe.codec import Codec
-from ldm_pipe.restore.operator import Operator
+from ldm_pipe.restore.operator import Operator, gauss_newton
+
+REACH = 0.01  # how far apart the two latents are whose images tell a derivative, where latents have variance 1
 
 
 @dataclass(frozen=True, eq=False)
 class Latent(Operator):
     """A after D: latents [B,c,h,w] -> the measurement of the images that they decode to.
 
-    Only autograd knows it. Its `prox` stays in latents and is exact where the decoder is affine; decoding, projecting and
-    encoding again is another map, which leaves the data unmet. Latent DPS: Solving Linear Inverse Problems Provably via
-    Posterior Sampling with Latent Diffusion Models, Rout et al. 2023, arXiv 2307.00619, section 3.
+    steps: of the conjugate gradients in `prox`; a few go most of the way, many also follow what the decoder hardly sees. `prox`
+    stays in latents and is exact where the decoder is affine; decoding, projecting and encoding again is another map, which
+    leaves the data unmet. Latent DPS: Solving Linear Inverse Problems Provably via Posterior Sampling with Latent Diffusion
+    Models, Rout et al. 2023, arXiv 2307.00619, section 3.
     """
 
     operator: Operator
     codec: Codec
+    steps: int = 50
 
     def __call__(self, x: Tensor) -> Tensor:
         """operator(codec.decode(x))."""
         return self.operator(self.codec.decode(x))
+
+    def push(self, x: Tensor, v: Tensor) -> Tensor:
+        """The decoder's derivative by a difference, which takes no second derivative of a network, then the operator's own."""
+        image = self.codec.decode(x)
+        size = v.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, *[1] * (v.ndim - 1))
+        reach = REACH * v[0].numel() ** 0.5 / size
+        return self.operator.push(image, (self.codec.decode(x + reach * v) - image) / reach)
+
+    def prox(self, z: Tensor, rho: float, y: Tensor) -> Tensor:
+        """A Gauss-Newton step from z (`gauss_newton`)."""
+        return gauss_newton(self, z, rho, y, self.steps)
+
+    def guess(self, like: Tensor, y: Tensor, deviation: float = 0.0) -> Tensor:
+        """The pixels' first estimate, encoded: A+ y of the whole would be the smallest latents that fit, not a picture's."""
+        image = y.new_zeros(len(like), 3, like.shape[2] * self.codec.factor, like.shape[3] * self.codec.factor)
+        return self.codec.encode(self.operator.guess(image, y, deviation))

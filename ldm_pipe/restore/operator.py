@@ -6,6 +6,7 @@ it everything else in closed form; for the others autograd does what can be done
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate
+from ldm_pipe.noise import StepNoise
 from ldm_pipe.restore.spectrum import Spectrum
 
 
@@ -31,6 +33,13 @@ class Operator:
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(self(leaf), leaf, v)[0]
 
+    def push(self, x: Tensor, v: Tensor) -> Tensor:
+        """J(x) v, of v [B,C,H,W]: the measurement's change, [B,...]."""
+        with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
+            out, pull = torch.func.vjp(self, x)[:2]  # pull(u) = (J'u,) is linear, so its own derivative is J
+            pushed: Tensor = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(out))[1](v)[0]
+        return pushed
+
     def prox(self, z: Tensor, rho: float, y: Tensor) -> Tensor:
         """argmin over x of |y - A x|^2 + rho |x - z|^2; at rho = 0 the x nearest to z that fits y best. [B,C,H,W].
 
@@ -38,6 +47,11 @@ class Operator:
         (`gauss_newton`), which is exact too where A is affine.
         """
         return gauss_newton(self, z, rho, y)
+
+    def guess(self, like: Tensor, y: Tensor, deviation: float = 0.0) -> Tensor:
+        """A first estimate of the images that y [B,...] was measured of, [B,C,H,W] as `like`: the smallest that fits, A+ y, or
+        as well as the deviation of the noise in y allows where images have variance 1."""
+        return self.prox(torch.zeros_like(like), deviation**2, y)
 
 
 class Linear(Operator):
@@ -55,6 +69,10 @@ class Linear(Operator):
         """A x."""
         a = self.spectrum(tuple(x.shape[1:]), x)
         return a.u(a.s * a.vt(x))
+
+    def push(self, x: Tensor, v: Tensor) -> Tensor:
+        """A v."""
+        return self(v)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A' y, [B,C,H,W]."""
@@ -95,6 +113,11 @@ class Measurement:
         """The measurement of the unknown image's x at a level, alpha y + sigma A noise (linear operators only)."""
         return level.mix(self.y, self.linear(noise))
 
+    def merged(self, x: Tensor, level: Level, noise: StepNoise) -> Tensor:
+        """x at a level with what A sees of it replaced by the data noised to that level (linear operators only)."""
+        seen = self.noised(level, noise("data")) if level.sigma else level.alpha * self.y
+        return self.linear.prox(x, 0.0, seen)
+
     def misfit(self, x0: Tensor) -> Tensor:
         """y - A x0, [B,...]."""
         return self.y - self.operator(x0)
@@ -115,16 +138,32 @@ def shifted(estimate: Estimate, score: Tensor, x: Tensor, level: Level) -> Estim
     return estimate.with_x0(lambda x0: x0 + level.sigma**2 / level.alpha * score, x, level)
 
 
+def ancestral(x0: Tensor, x: Tensor, here: Level, there: Level) -> tuple[Tensor, float]:
+    """Mean [B,C,H,W] and variance of q(x_s | x_t, x0), what ancestral sampling draws from; alpha_s x0 and 0 at sigma_s = 0."""
+    if there.sigma == 0:
+        return there.alpha * x0, 0.0
+    r = here.alpha / there.alpha
+    b = here.sigma**2 - (r * there.sigma) ** 2
+    mean = (there.alpha * b * x0 + r * there.sigma**2 * x) / here.sigma**2
+    return mean, float(b * there.sigma**2 / here.sigma**2)
+
+
 def answered(denoise: Denoiser, x: Tensor, estimate: Estimate) -> Denoiser:
     """The denoiser with the estimate of this very x known already, so that a wrapped sampler does not ask a second time."""
     known = Estimate(*(t if t is None else t.detach() for t in estimate))  # type: ignore[arg-type]
     return lambda other, level: known if other is x else denoise(other, level)
 
 
-def climb(x: Tensor, here: Level, there: Level, noise: Tensor) -> Tensor:
-    """A draw of x at a level of more noise given x at one of less: q(x_t | x_s) = N(r x_s, sigma_t^2 - r^2 sigma_s^2)."""
-    r = there.alpha / here.alpha
-    return r * x + max(there.sigma**2 - (r * here.sigma) ** 2, 0.0) ** 0.5 * noise
+def through(denoise: Denoiser, x: Tensor, level: Level, loss: Callable[[Tensor], Tensor]) -> tuple[Denoiser, Tensor]:
+    """(the denoiser with x answered, the gradient with respect to x of loss(x0(x)), through the network).
+
+    loss: x0 [B,C,H,W] -> one number for every sample, [B]. Works inside no_grad.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        estimate = denoise(leaf, level)
+        gradient = torch.autograd.grad(loss(estimate.x0).sum(), leaf)[0]
+    return answered(denoise, x, estimate), gradient
 
 
 def gauss_newton(operator: Operator, z: Tensor, rho: float, y: Tensor, steps: int = 50) -> Tensor:
@@ -132,23 +171,34 @@ def gauss_newton(operator: Operator, z: Tensor, rho: float, y: Tensor, steps: in
 
     Conjugate gradients for least squares, every sample on its own (Methods of Conjugate Gradients for Solving Linear Systems,
     Hestenes and Stiefel 1952, J. Res. NBS 49, section 10), until the gradient has fallen by the rounding or after `steps`.
+    Where A bends so much that the whole of d would make |y - A(z + d)|^2 + rho |d|^2 larger, d is halved until it does not.
     """
-    with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
-        out, pull = torch.func.vjp(operator, z)[:2]  # pull(v) = (J'v,) is linear, so its own derivative is J
-        push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(out))[1]
-        r, d = y - out, torch.zeros_like(z)
-        s = p = pull(r)[0]
-        gamma = start = _square(s)
-        for _ in range(steps):
-            q = push(p)[0]
-            a = gamma / (_square(q) + rho * _square(p)).clamp(min=torch.finfo(z.dtype).tiny)
-            d, r = d + _each(a, p), r - _each(a, q)
-            s = pull(r)[0] - rho * d
-            gamma, last = _square(s), gamma
-            if bool((gamma <= torch.finfo(z.dtype).eps ** 2 * start).all()):
-                break
-            p = s + _each(gamma / last.clamp(min=torch.finfo(z.dtype).tiny), p)
-    return z + d
+    out, pull = torch.func.vjp(operator, z)[:2]
+    r, d = y - out, torch.zeros_like(z)
+    s = p = pull(r)[0]
+    gamma = start = _square(s)
+    for _ in range(steps):
+        q = operator.push(z, p)
+        a = gamma / (_square(q) + rho * _square(p)).clamp(min=torch.finfo(z.dtype).tiny)
+        d, r = d + _each(a, p), r - _each(a, q)
+        s = pull(r)[0] - rho * d
+        gamma, last = _square(s), gamma
+        if bool((gamma <= torch.finfo(z.dtype).eps ** 2 * start).all()):
+            break
+        p = s + _each(gamma / last.clamp(min=torch.finfo(z.dtype).tiny), p)
+    return z + _each(_share(operator, z, d, rho, y, _square(y - out)), d)
+
+
+def _share(operator: Operator, z: Tensor, d: Tensor, rho: float, y: Tensor, before: Tensor) -> Tensor:
+    """How much of d to go, [B]: 1, 1/2, ... 1/64, the first that leaves the objective no larger than `before`, else 0."""
+    share, slack = torch.ones_like(before), 1 + 1e3 * torch.finfo(z.dtype).eps  # rounding is no reason to go less far
+    for _ in range(7):
+        after = _square(y - operator(z + _each(share, d))) + rho * _square(_each(share, d))
+        worse = ~(after <= slack * before + torch.finfo(z.dtype).eps)
+        if not bool(worse.any()):
+            return share
+        share = torch.where(worse, share / 2, share)
+    return torch.where(worse, 0.0, share)
 
 
 def _square(t: Tensor) -> Tensor:

@@ -6,40 +6,40 @@ With its misprints put right: the known part is noised to the level that is reac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ldm_pipe.level import Level
-from ldm_pipe.model import Denoiser, Estimate
+from ldm_pipe.levels import jumps
+from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.restore.operator import Measurement, climb
-from ldm_pipe.walk import Sampler, Step
+from ldm_pipe.restore.operator import Measurement
+from ldm_pipe.walk import Sampler, Step, Wrapping
 
 
 @dataclass(frozen=True)
-class RePaint(Sampler):
+class RePaint(Wrapping):
     """Merge the noised known part after every step of another sampler (ancestral in the paper), and go back up at times.
 
-    Goes with the levels of `restore.jumps.jumps`: 250 steps, 10 up and 10 down again, 10 times over. Where the levels rise,
-    noise is added and the network is not asked. Any linear operator will do, a mask is the paper's; at the end the data are
-    met exactly (the official code merges before a step and not after the last).
+    length, times: of the jumps; the paper goes 10 of 250 steps up and down again, 10 times over. Any linear operator will do,
+    a mask is the paper's; at the end the data are met exactly (the official code merges before a step, not after the last).
     """
 
-    travels = True
+    travels: ClassVar[bool] = True  # type: ignore[misc]
 
     measurement: Measurement
     sampler: Sampler
+    length: int = 10
+    times: int = 10
 
-    def start(self, noise: Tensor, level: Level) -> Tensor:
-        """The sampler's."""
-        return self.sampler.start(noise, level)
+    def walk(self, levels: Sequence[Level]) -> list[Level]:
+        """With the jumps."""
+        return jumps(self.sampler.walk(levels), self.length, self.times)
 
-    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
-        """Down: the sampler's step, merged at `there`. Up: more noise, and x as its own estimate."""
-        if float(there.u) > float(here.u):
-            return Step(climb(x, here, there, noise("climb")), Estimate(x / here.alpha, noise("climb")))
+    def down(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
+        """The sampler's step, merged at `there`."""
         done = self.sampler.step(denoise, x, here, there, memory, noise)
-        seen = self.measurement.noised(there, noise("data")) if there.sigma else there.alpha * self.measurement.y
-        return done._replace(x=self.measurement.linear.prox(done.x, 0.0, seen))
+        return done._replace(x=self.measurement.merged(done.x, there, noise))

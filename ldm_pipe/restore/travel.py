@@ -5,32 +5,28 @@ A rise in the levels is a draw from q(x_t | x_s) of the x that was reached, as i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import ClassVar
 
 from ldm_pipe.level import Level
-from ldm_pipe.model import Denoiser, Estimate
-from ldm_pipe.noise import StepNoise
-from ldm_pipe.restore.operator import climb
-from ldm_pipe.walk import Sampler, Step
+from ldm_pipe.levels import jumps
+from ldm_pipe.walk import Sampler, Wrapping
 
 
 @dataclass(frozen=True)
-class Travel(Sampler):
-    """Another sampler that also goes up, over levels such as those of `restore.jumps.jumps`; on falling ones it is itself."""
+class Travel(Wrapping):
+    """Another sampler that also goes up, over levels such as those of `levels.jumps`; on falling ones it is itself.
 
-    travels = True
+    length, times: of the jumps (the paper's travel_length and travel_repeat).
+    """
+
+    travels: ClassVar[bool] = True  # type: ignore[misc]
 
     sampler: Sampler
+    length: int = 1
+    times: int = 1
 
-    def start(self, noise: Tensor, level: Level) -> Tensor:
-        """The sampler's."""
-        return self.sampler.start(noise, level)
-
-    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
-        """Down: the sampler's step. Up: more noise, and x as its own estimate."""
-        if float(there.u) > float(here.u):
-            return Step(climb(x, here, there, noise("climb")), Estimate(x / here.alpha, noise("climb")))
-        return self.sampler.step(denoise, x, here, there, memory, noise)
+    def walk(self, levels: Sequence[Level]) -> list[Level]:
+        """With the jumps."""
+        return jumps(self.sampler.walk(levels), self.length, self.times)

@@ -54,17 +54,19 @@ def named(name: str, **fields: Any) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    **{n: named(n) for n in ("ddnm", "ddnm_plus", "ddrm", "diffpir", "dmps", "dps_score", "reddiff")},
-    **{n: named(n, sampler=DDPM()) for n in ("dps", "ilvr", "repaint", "truncated")},
+    **{n: named(n) for n in ("adir", "ddnm", "ddnm_plus", "ddnm_scaled", "ddrm", "diffpir", "dmps", "dps_score", "reddiff")},
+    **{n: named(n, sampler=DDPM()) for n in ("ccdf", "dps", "ilvr", "repaint", "truncated")},
+    "dps poisson": named("dps", sampler=DDPM(), poisson=True),
     "dps on 2m": named("dps", sampler=DPM2M()),
     "psld": lambda m: build("restoration", "psld", measurement=m, codec=Halved(), sampler=DDIM()),
+    "resample": lambda m: build("restoration", "resample", measurement=m, codec=Halved(), sampler=DDIM(), every=2, begin=1.01),
     "blended": lambda m: build("restoration", "blended", background=m.y.reshape(1, 4, 1, 1)[:, :2].expand(1, 2, 2, 2),
                                keep=torch.eye(2)[None, None] > 0, sampler=DDPM()),
     "exact": lambda m: ExactGuidance(m, torch.eye(8, dtype=torch.float64)),
     "travel": lambda m: Travel(Renoise()),
 }  # fmt: skip
 # A step along a gradient with respect to x has the units of x, so it is another step on another path.
-BY_UNITS = {"dps", "dps on 2m", "psld"}
+BY_UNITS = {"adir", "dps", "dps poisson", "dps on 2m", "psld", "resample"}
 every = pytest.mark.parametrize("name", METHODS)
 path_free = pytest.mark.parametrize("name", [n for n in METHODS if n not in BY_UNITS])
 
@@ -211,6 +213,12 @@ NEUTRAL = {
     "ilvr": named("ilvr", sampler=DPM2M(), weight=0.0),
     "ilvr above 1": named("ilvr", sampler=DPM2M(), least=1.01),
     "psld": lambda m: build("restoration", "psld", measurement=m, codec=Halved(), sampler=DPM2M(), omega=0.0, gamma=0.0),
+    "resample": lambda m: build(
+        "restoration", "resample", measurement=m, codec=Halved(), sampler=DPM2M(), scale=0.0, every=0
+    ),
+    "resample before it begins": lambda m: build(
+        "restoration", "resample", measurement=m, codec=Halved(), sampler=DPM2M(), scale=0.0, begin=0.0, every=1
+    ),
     "travel": lambda m: Travel(DPM2M()),
     "truncated from noise": named("truncated", sampler=DPM2M(), estimate=torch.zeros(1, *SHAPE)),
     "repaint of nothing": lambda m: build(
@@ -286,14 +294,14 @@ def test_data_without_noise_cannot_be_divided_by(measurement: Measurement) -> No
         named("dps_score")(Measurement(measurement.operator, measurement.y))
 
 
-@pytest.mark.parametrize("name", ["ddnm_plus", "ddrm", "dmps", "ilvr", "repaint", "psld"])
+@pytest.mark.parametrize("name", ["adir", "ccdf", "ddnm_plus", "ddrm", "dmps", "ilvr", "repaint", "psld"])
 def test_what_needs_a_spectrum_says_so(prior: Gaussian, noise: Noise, measurement: Measurement, name: str) -> None:
     without = Measurement(Latent(measurement.operator, Halved()), measurement.y, 0.2)
     with pytest.raises(UsageError, match="Latent has no singular values"):
         run(METHODS[name](without), prior, WALKS["table"], noise)
 
 
-@pytest.mark.parametrize("name", ["ddnm", "diffpir", "dps", "dps_score", "reddiff", "truncated"])
+@pytest.mark.parametrize("name", ["ddnm", "ddnm_scaled", "diffpir", "dps", "dps_score", "reddiff", "truncated"])
 @pytest.mark.parametrize("operator", ["jpeg", "clip"])
 def test_what_needs_no_spectrum_takes_any_operator(name: str, operator: str) -> None:
     noise, known = Noise((1,), (3, 8, 8), dtype=torch.float64), build("operator", operator)

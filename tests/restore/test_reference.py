@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm_pipe import Level, sample
 from ldm_pipe.analysis import Closeness, closeness
 from ldm_pipe.noise import StepNoise
+from ldm_pipe.restore.adir import ADIR
 from ldm_pipe.restore.ddnm import DDNM
 from ldm_pipe.restore.ddnm_plus import DDNMPlus
 from ldm_pipe.restore.ddrm import DDRM
@@ -20,7 +21,7 @@ from ldm_pipe.restore.dmps import DMPS
 from ldm_pipe.restore.dps import DPS, DPSScore
 from ldm_pipe.restore.exact import ExactGuidance
 from ldm_pipe.restore.ilvr import ILVR
-from ldm_pipe.restore.jumps import jumps
+from ldm_pipe.levels import jumps
 from ldm_pipe.restore.operator import Measurement
 from ldm_pipe.restore.repaint import RePaint
 from ldm_pipe.samplers.ddpm import DDPM
@@ -54,6 +55,8 @@ SAMPLERS: list[Any] = [
     ("ddrm", DDRM, 100, 0.1, ".162/.036/.625", ".779/.427/.842"),
     ("ddnm+", DDNMPlus, 100, 0.1, ".162/.036/.625", ".779/.427/.842"),
     ("ilvr", lambda m: ILVR(m, DDPM()), 1000, 0.0, ".176/.086/1.003", "1.070/.553/1.396"),
+    ("adir 5", lambda m: ADIR(m), 1000, 0.1, ".329", ""),
+    ("adir 1", lambda m: ADIR(m, 1.0), 1000, 0.1, "1.489", ""),
     ("repaint once", lambda m: RePaint(m, DDPM()), 250, 0.0, ".179/.087/.941", "1.071/.555/1.365"),
 ]
 

@@ -16,15 +16,16 @@ from ldm_pipe.path import VP
 from ldm_pipe.restore.blended import BlendedLatent, paste
 from ldm_pipe.restore.ddnm import DDNM
 from ldm_pipe.restore.ilvr import ILVR
-from ldm_pipe.restore.jumps import jumps
+from ldm_pipe.levels import jumps
 from ldm_pipe.restore.mask import Mask
-from ldm_pipe.restore.operator import Measurement, climb
+from ldm_pipe.restore.operator import Measurement
 from ldm_pipe.restore.repaint import RePaint
 from ldm_pipe.restore.text import parse
 from ldm_pipe.restore.travel import Travel
 from ldm_pipe.samplers.ddim import DDIM
 from ldm_pipe.samplers.ddpm import DDPM
 from ldm_pipe.samplers.renoise import Renoise
+from ldm_pipe.walk import climb
 
 SHAPE = (2, 2, 2)
 Draw = Callable[..., Tensor]
