@@ -1,17 +1,22 @@
-"""The one place that touches attention: its backends, and the hook through which a rule sees and changes it.
+"""The one place that touches attention: its backends, the hook through which a rule sees and changes it, and feature taps.
 
 A rule is active while a `with attention_rule(network, rule)` runs, in this thread alone, and leaves nothing behind: the modules
-look for one at every call and find none. `Attending` makes a Guide of it, so that it composes with samplers and guidance.
+look for one at every call and find none. `Attending` makes a Guide of it, so that it composes with samplers and guidance. Rules
+nest like parcels: what an outer one sees has passed the inner ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import difflib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS, Rows
@@ -19,13 +24,14 @@ from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 
 Backend = Literal["sdpa", "math"]
+FUSED, PLAIN = "AttnProcessor2_0", "AttnProcessor"  # the processors of diffusers whose place a rule can take
 
 
 def set_backend(network: Any, backend: Backend) -> None:
     """Choose how a diffusers network computes attention.
 
-    "sdpa": torch's fused kernel. "math": two matrix products and a softmax; on a CPU its backward pass is faster at the small
-    sequence lengths of small latents (measured x1.18 on a whole training step of the built-in model's U-Net).
+    "sdpa": torch's fused kernel. "math": two matrix products and a softmax; on a CPU its backward pass is faster at small
+    sequence lengths (measured x1.18 on a whole training step of the built-in model's U-Net).
     """
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
@@ -35,13 +41,28 @@ def set_backend(network: Any, backend: Backend) -> None:
     network.set_attn_processor(processors[backend]())
 
 
+def split(t: Tensor, heads: int) -> Tensor:
+    """[B,L,C] -> [B,heads,L,C/heads]."""
+    return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
+
+
 class Site(NamedTuple):
     """Where and when attention happens. name: of the module in its network; cross: to the tokens, or of the image to itself;
-    rows: what the rows of the batch are."""
+    rows: what the rows of the batch are; values: the module's values [N,heads,M,D] of tokens [N,M,C]; bias: what is added
+    before the softmax, [B,heads,1 or L,M], where the network masks tokens."""
 
     name: str
     cross: bool
     rows: Rows
+    values: Callable[[Tensor], Tensor]
+    bias: Tensor | None = None
+
+    def maps(self, q: Tensor, k: Tensor, rows: slice | list[int]) -> Tensor:
+        """Attention maps of some rows of the batch, softmax(q k^T / sqrt(D) + bias), [N,heads,L,M] in at least fp32 (Vaswani
+        et al. 2017, arXiv 1706.03762, eq. 1)."""
+        kind = torch.promote_types(q.dtype, torch.float32)
+        logits = q[rows].to(kind) @ k[rows].to(kind).mT * q.shape[-1] ** -0.5
+        return torch.softmax(logits if self.bias is None else logits + self.bias[rows].to(kind), dim=-1)
 
 
 class AttentionRule(Protocol):
@@ -51,42 +72,179 @@ class AttentionRule(Protocol):
         """q [B,heads,L,D], k and v [B,heads,M,D], out [B,heads,L,D] the usual result -> out, or another in its place."""
 
 
-_active: ContextVar[tuple[Mapping[int, str], AttentionRule] | None] = ContextVar("_active", default=None)
+class InputRule(Protocol):
+    """What may change the queries, keys and values before they meet. A rule may be this and an AttentionRule at once."""
+
+    def inputs(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B,heads,L,D], k and v [B,heads,M,D] -> the same, or others of these shapes in their place."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Active:
+    names: Mapping[int, str]  # of the modules, by their id
+    before: Callable[[Site, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None
+    after: AttentionRule | None
+
+
+_active: ContextVar[tuple[_Active, ...]] = ContextVar("_active", default=())
+_LOCK = threading.Lock()  # around every change of a diffusers processor
+Tap = Callable[[Rows, Tensor], Tensor]  # (what the rows are, a module's output) -> the output, or another in its place
+_tapping: ContextVar[frozenset[object]] = ContextVar("_tapping", default=frozenset())
+
+
+def _sites(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a network that attend, by name: the light ones and diffusers' own."""
+    found = {n: m for n, m in network.named_modules() if getattr(m, "takes_rules", False) or hasattr(m, "set_processor")}
+    if not found:
+        raise UsageError(f"{type(network).__name__} has no attention that takes a rule")
+    return found
 
 
 @contextmanager
-def attention_rule(network: nn.Module, rule: AttentionRule) -> Iterator[None]:
-    """Let a rule into every attention of a network. Raises UsageError where the network has none that takes rules."""
-    names = {id(m): n for n, m in network.named_modules() if getattr(m, "takes_rules", False)}
-    if not names:
-        raise UsageError(f"{type(network).__name__} has no attention that takes a rule")
-    token = _active.set((names, rule))
+def attention_rule(
+    network: nn.Module, rule: AttentionRule | InputRule, sites: Mapping[str, nn.Module] | None = None
+) -> Iterator[None]:
+    """Let a rule into every attention of a network, light or diffusers' (its U-Nets, and transformers with self- and
+    cross-attention such as PixArt). Inside another `with`, both apply. sites: where they are known already. Raises UsageError
+    where the network has no attention that takes rules.
+    """
+    found = sites or _sites(network)
+    mine = _Active({id(m): n for n, m in found.items()}, getattr(rule, "inputs", None), rule if callable(rule) else None)
+    with ExitStack() as stack:
+        for name, module in found.items():
+            if not getattr(module, "takes_rules", False):
+                stack.enter_context(_processed(module, name))
+        token = _active.set((*_active.get(), mine))
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+
+def ruled(
+    module: nn.Module,
+    cross: bool,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    values: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """attend(*inputs) as the active rules would have it, [B,heads,L,D]; as it is where there is none for this module."""
+    here = [(a, Site(a.names[id(module)], cross, ROWS.get(), values, bias)) for a in _active.get() if id(module) in a.names]
+    for a, site in here:
+        inputs = a.before(site, *inputs) if a.before else inputs
+    out = attend(*inputs)
+    for a, site in reversed(here):
+        out = a.after(site, *inputs, out) if a.after else out
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Processor:
+    """A diffusers attention processor in the place of its `usual` one, for as long as a rule of any thread needs it."""
+
+    usual: Any
+    users: set[object] = field(default_factory=set)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states [B,L,C] or [B,C,H,W]; the names are diffusers'. What the usual one gives where no rule is active."""
+        if not any(id(attn) in a.names for a in _active.get()):
+            return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        x = hidden_states if hidden_states.ndim == 3 else hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        y = x if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            y = attn.norm_encoder_hidden_states(y)
+        q, k, v = (split(t, attn.heads) for t in (attn.to_q(x), attn.to_k(y), attn.to_v(y)))
+        q, k = (t if norm is None else norm(t) for norm, t in ((attn.norm_q, q), (attn.norm_k, k)))
+        mask = attn.prepare_attention_mask(attention_mask, y.shape[1], len(x))  # [B * heads, 1 or L, M] or None
+        bias = None if mask is None else mask.unflatten(0, (len(x), attn.heads))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if type(self.usual).__name__ == FUSED:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            scores = attn.get_attention_scores(q.flatten(0, 1), k.flatten(0, 1), mask)
+            return (scores @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+        out = ruled(attn, y is not x, (q, k, v), attend, lambda t: split(attn.to_v(t), attn.heads), bias)
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(q.dtype)))
+        out = out if hidden_states.ndim == 3 else out.transpose(1, 2).reshape(hidden_states.shape)
+        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+
+
+@contextmanager
+def _processed(attn: Any, name: str) -> Iterator[None]:
+    """One attention of diffusers under our processor; its own is back once the last rule of all threads has left."""
+    me = object()
+    with _LOCK:
+        mine = usual if isinstance(usual := attn.processor, _Processor) else _Processor(usual)
+        if type(mine.usual).__name__ not in (FUSED, PLAIN) or attn.spatial_norm is not None:
+            raise UsageError(f"{name} attends by {type(mine.usual).__name__}, which takes no rule")
+        mine.users.add(me)
+        attn.processor = mine
     try:
         yield
     finally:
-        _active.reset(token)
+        with _LOCK:
+            mine.users.discard(me)
+            if not mine.users and attn.processor is mine:
+                attn.processor = mine.usual
 
 
-def ruled(module: nn.Module, cross: bool, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """What the active rule makes of an attention's result; the result itself where there is no rule for this module."""
-    active = _active.get()
-    if active is None or id(module) not in active[0]:
-        return out
-    return active[1](Site(active[0][id(module)], cross, ROWS.get()), q, k, v, out)
+@contextmanager
+def feature_tap(network: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
+    """Read or replace the outputs of named modules while the `with` runs, in this thread alone; nothing is left behind.
+
+    taps: functions by the name of a module, or by the end of one: "up_blocks.1.resnets.0". Of two taps on one module the inner
+    comes first. Raises UsageError where a name fits no module or several.
+    """
+    me = object()
+    with ExitStack() as stack:
+        for module, tap in [(module_named(network, name), tap) for name, tap in taps.items()]:
+
+            def hook(module: nn.Module, args: Any, out: Tensor, tap: Tap = tap) -> Tensor | None:
+                return tap(ROWS.get(), out) if me in _tapping.get() else None
+
+            stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+        token = _tapping.set(_tapping.get() | {me})
+        try:
+            yield
+        finally:
+            _tapping.reset(token)
+
+
+def module_named(network: nn.Module, name: str) -> nn.Module:
+    """The one module whose name is, or ends in, `name`. Raises UsageError that lists what would fit."""
+    names = dict(network.named_modules())
+    found = [name] if name in names else [n for n in names if n.endswith(f".{name}")]
+    if len(found) == 1:
+        return names[found[0]]
+    near = ", ".join((found or difflib.get_close_matches(name, names, 5, 0.3))[:5]) or "nothing of it"
+    raise UsageError(f"{name!r} fits {len(found) or 'no'} modules of the network; one would fit {near}")
 
 
 @dataclass(frozen=True, eq=False)
 class Attending:
-    """A Guide: every evaluation of the denoiser runs with `rule` in the attention of `network`."""
+    """A Guide: every evaluation of the denoiser runs with `rule` in the attention of `network` and with its `taps`."""
 
     network: nn.Module
-    rule: AttentionRule
+    rule: AttentionRule | InputRule
+    taps: Mapping[str, Tap] = field(default_factory=dict)
 
     def __call__(self, denoise: Any) -> Any:
         """The denoiser under the rule."""
+        sites = _sites(self.network)
 
         def run(x: Tensor, level: Level) -> Any:
-            with attention_rule(self.network, self.rule):
+            with attention_rule(self.network, self.rule, sites), feature_tap(self.network, self.taps):
                 return denoise(x, level)
 
         return run

@@ -1,52 +1,157 @@
-"""`--edit "a fox on blue -> a cat on blue"`: a picture and its edit, drawn side by side by Prompt-to-Prompt."""
+"""`--edit "a fox on blue -> a cat on blue"`: a picture and its edit, drawn side by side, from a seed or from a given picture.
+
+    Edit("a fox on a blue background", "a cat on a blue background")(pipe, picture).images[1]
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import strict
-from ldm_pipe.errors import UsageError
+from ldm_pipe import registry, strict
+from ldm_pipe.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from ldm_pipe.pipeline import Pipeline
-    from ldm_pipe.plan import Guide, Plan
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from ldm_pipe.editing.invert import Inverse
+    from ldm_pipe.model import Rule
+    from ldm_pipe.pipeline import Output, Pipeline
+    from ldm_pipe.plan import Plan
+
+INVERSION = "negative_prompt"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """source, target: prompts. cross, own: the share of the steps in which the target's cross- and self-attention are the
-    source's, 0..1. Raises UsageError on other values."""
+    """source, target: prompts. method: a registered editing, with its fields. inversion: of a given picture, a registered one,
+    with its inversion_fields. Raises UsageError on unknown names and fields."""
 
     source: str
     target: str
-    cross: float = 0.8
-    own: float = 0.4
+    method: str = "prompt_to_prompt"
+    fields: dict[str, Any] = field(default_factory=dict)
+    inversion: str = INVERSION
+    inversion_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (0 <= self.cross <= 1 and 0 <= self.own <= 1):
-            raise UsageError(f"edit: cross and own take 0 to 1, got {self.cross} and {self.own}")
+        parts = (("edit", "editing", self.method, self.fields), ("inversion", "inversion", self.inversion, self.inversion_fields))
+        for word, kind, name, given in parts:
+            known = [n for n, _ in registry.entry(kind, name).fields]
+            for one in given:
+                if one not in known:
+                    raise UsageError(f"--set {word}: " + unknown(f"field of {name}", one, known))
+
+    def check(self) -> None:
+        """Raise UsageError on values that the method or the inversion refuses. Imports them, and torch with them."""
+        registry.build("editing", self.method, **self.fields)
+        registry.build("inversion", self.inversion, **self.inversion_fields)
 
     @classmethod
-    def of(cls, text: str, fields: dict[str, Any]) -> Edit:
-        """From "SOURCE -> TARGET" and the fields that --set gives."""
+    def of(
+        cls, text: str, fields: dict[str, Any], method: str = "prompt_to_prompt", inversion_fields: dict[str, Any] | None = None
+    ) -> Edit:
+        """From "SOURCE -> TARGET" and the fields that --set gives; the field `inversion` is the name of one."""
         source, arrow, target = (part.strip() for part in text.partition("->"))
         if not (arrow and source and target):
             raise UsageError(f'--edit {text[:80]!r} is not of the form "a fox on blue -> a cat on blue"')
         for name in ("source", "target"):
             if name in fields:
                 raise UsageError(f"--set edit.{name}: the prompts stand in --edit")
-        return strict.build(cls, {**fields, "source": source, "target": target}, "edit")
+        fields = dict(fields)
+        inversion = str(fields.pop("inversion", INVERSION))
+        return cls(source, target, method, fields, inversion, inversion_fields or {})
+
+    def __call__(
+        self, pipe: Pipeline, picture: Image | None = None, mask: Image | None = None, rule: Rule | None = None, **settings: Any
+    ) -> Output:
+        """Make the sources and then, in their order, the edits. picture: what is edited; without it, sources are drawn from
+        their seeds. mask: white may change, black is kept to the bit. settings: the fields of `Settings`."""
+        from ldm_pipe.pipeline import Output
+
+        return Output.joined(list(pipe.run(self.plan(pipe, picture, mask, rule, **settings))))
+
+    def plan(
+        self, pipe: Pipeline, picture: Image | None = None, mask: Image | None = None, rule: Rule | None = None, **settings: Any
+    ) -> Plan:
+        """What a call with these arguments would do; a picture is inverted here already."""
+        from ldm_pipe.settings import Settings
+
+        if picture is not None:
+            settings = self._for_picture(settings)
+        given = pipe.resolve(Settings(**{**settings, "strength": None}))
+        seeds = given.seeds or (given.seed,) * 2  # of a replay, or one for both prompts
+        prompts = [prompt for prompt in (self.source, self.target) for _ in range(len(seeds) // 2)]
+        return self.applied(pipe, pipe.plan(prompts, rule, picture, mask, **{**settings, "seed": given.seed, "seeds": seeds}))
 
     def applied(self, pipe: Pipeline, whole: Plan) -> Plan:
-        """The plan of `count` sources followed by their `count` targets, under the rule and in one batch."""
-        from ldm_pipe.attention import Attending
-        from ldm_pipe.editing.prompt_to_prompt import PromptToPrompt, TokenMap, until
+        """The plan of n sources followed by their n targets, with the method in it and in one batch."""
+        from ldm_pipe.editing.pairs import Pairs
+        from ldm_pipe.plan import taken
 
-        text: Any = pipe.bundle.text
-        tokens, count = TokenMap.of(text.tokenizer, text.window, self.source, self.target), len(whole.rows) // 2
-        pairs = tuple((k, count + k) for k in range(count))
-        rule = PromptToPrompt(tokens, pairs, until(whole.levels, self.cross), until(whole.levels, self.own))
-        guides: tuple[Guide, ...] = (*whole.guides, Attending(pipe.bundle.model, rule))
+        count = len(whole.rows) // 2
+        both, recorded = [*range(count)] * 2, {**whole.recorded, "edit": asdict(self)}
+        if whole.source is not None:
+            found, report = self._inverted(pipe, whole)
+            whole = replace(
+                whole,
+                levels=found.levels,
+                start=found.x[both],
+                noise=found.noise and found.noise.take(both),
+                conds={**whole.conds, **{name: taken(cond, both) for name, cond in found.conds.items()}},
+                report=lambda images: report,
+            )
+            digests = whole.source.digests
+            recorded["sources"] = {"input" if n == "init_image" else n: d for n, d in digests.items()}
+        pairs = Pairs(
+            self.source,
+            self.target,
+            tuple((k, count + k) for k in range(count)),
+            pipe.bundle.model,
+            pipe.bundle.text,
+            whole.levels,
+            whole.sampler,
+            whole.guides,
+            whole.conds,
+            None if whole.source is None else whole.source.latent_mask(1, pipe.device),
+        )
+        done = registry.build("editing", self.method, **self.fields)(pairs)
         given = replace(whole.given, batch_size=2 * count)
-        return replace(whole, given=given, guides=guides, recorded={**whole.recorded, "edit": asdict(self)})
+        return replace(whole, given=given, guides=done.guides, sampler=done.sampler, conds=done.conds, recorded=recorded)
+
+    def _for_picture(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings with what the inversion asks for where the user does not: a sampler that it can invert, the whole walk."""
+        sampler, fields = registry.build("inversion", self.inversion, **self.inversion_fields).sampler
+        if settings.get("sampler") is None:
+            settings = {**settings, "sampler": sampler, "sampler_set": {**fields, **settings.get("sampler_set", {})}}
+        return {**settings, "strength": settings.get("strength") or 1.0}
+
+    def _inverted(self, pipe: Pipeline, whole: Plan) -> tuple[Inverse, str]:
+        """The inverse of the picture, a row for every source, and what the user is to know of it."""
+        import torch
+
+        from ldm_pipe.editing.invert import Remake
+        from ldm_pipe.noise import Noise
+
+        assert whole.source is not None
+        sources = whole.batch(0, len(whole.rows) // 2)
+        method = registry.build("inversion", self.inversion, **self.inversion_fields)
+        if self.inversion == "negative_prompt" and whole.negative:
+            raise UsageError("inversion negative_prompt takes the source prompt as the negative one; leave --negative-prompt out")
+        branches = pipe.bundle.model.branches(**{**pipe.conds(sources), **sources.conds})
+        noise = Noise(sources.seeds, whole.shape, pipe.device)
+        with torch.no_grad():
+            picture = whole.source.latents(pipe.bundle.codec, pipe.device)
+            own = pipe.bundle.codec.decode(picture) - whole.source.pixels(pipe.device)
+        run = Remake(branches, whole.rule, whole.levels, whole.sampler, noise)
+        found = method(picture.expand(len(sources.rows), *whole.shape), run)
+        return found, _report(self.inversion, found.error, own, branches.evaluations)
+
+
+def _report(inversion: str, error: Tensor, own: Tensor, evaluations: Counter[str]) -> str:
+    missed, codec = float(error.max()), float(own.square().mean().sqrt())
+    cost = f"{sum(evaluations.values())} evaluations"
+    latents = f"inversion {inversion} makes the picture's latents again to {missed:.4f} rms of their deviation 1, after {cost}"
+    return f"{latents}; the codec's own round trip misses the picture by {codec:.4f} rms, where values span 2"

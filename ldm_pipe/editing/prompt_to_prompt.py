@@ -9,15 +9,17 @@ spread over them, so that none is lost: the official code's map then has rows of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ldm_pipe.attention import Site
+from ldm_pipe.editing.local_blend import LocalBlend, chosen
+from ldm_pipe.editing.pairs import Pairs, sides
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
-from ldm_pipe.tokens import Tokenizer
+from ldm_pipe.tokens import Tokenizer, places
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class TokenMap:
     ) -> TokenMap:
         """From two prompts: of as many words, the words replace each other in order; else equal words are aligned and new ones
         keep their own attention. weights: by word of the target. Raises UsageError where a weighted word is not in it."""
-        before, after = (_spans(tokenizer, window, text) for text in (source, target))
+        before, after = (places(tokenizer, window, text) for text in (source, target))
         take, own, weight = torch.zeros(window, window), torch.zeros(window), torch.ones(window)
         take[0, 0] = 1  # the start
         pairs = list(enumerate(range(len(after)))) if len(before) == len(after) else _aligned(before, after)
@@ -76,49 +78,74 @@ class PromptToPrompt:
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
         """The usual result with the rows of the targets replaced; the others are untouched to the bit."""
-        rows, u = site.rows.of(self.branch), float(site.rows.level.u)
-        if rows is None:
+        both, u = sides(site.rows, self.branch, self.pairs), float(site.rows.level.u)
+        if both is None:
             return out
-        if max((max(pair) for pair in self.pairs), default=0) >= site.rows.size:
-            raise UsageError(f"an edit needs its pictures in one batch, and this one holds {site.rows.size}")
-        s, t = ([rows.start + pair[k] for pair in self.pairs] for k in (0, 1))
+        s, t = both
         if site.cross:
             edited = u > self.cross
             if not edited and bool((self.tokens.weight == 1).all()):
                 return out
-            maps = self._crossed(q[s], k[s], q[t], k[t]) if edited else _maps(q[t], k[t])
+            maps = self._crossed(site.maps(q, k, s), site.maps(q, k, t)) if edited else site.maps(q, k, t)
             maps = maps * self.tokens.weight.to(maps)
         elif u > self.own and q.shape[2] <= self.largest:
-            maps = _maps(q[s], k[s])
+            maps = site.maps(q, k, s)
         else:
             return out
         out = out.clone()
         out[t] = maps.to(v) @ v[t]
         return out
 
-    def _crossed(self, q: Tensor, k: Tensor, target_q: Tensor, target_k: Tensor) -> Tensor:
-        taken, own = _maps(q, k) @ self.tokens.take.to(q.device, torch.float32), self.tokens.own.to(q.device)
-        return torch.where(own.bool(), _maps(target_q, target_k), taken)
+    def _crossed(self, source: Tensor, target: Tensor) -> Tensor:
+        """Maps [N,heads,L,M] of the source, brought to the target's tokens."""
+        return torch.where(self.tokens.own.to(source.device) > 0, target, source @ self.tokens.take.to(source))
+
+
+@dataclass(frozen=True)
+class Replacing:
+    """Prompt-to-Prompt: where words of the source are replaced, the target attends where the source did.
+
+    cross, own: the share of the steps, 0..1, in which the target's cross- and self-attention are the source's. weights: what
+    words of the target are scaled by, such as "small=2, red=-1". blend: true keeps the source outside of what the words that
+    differ attend to, "fox, cat" outside of those words; from 20% of the steps on. threshold: how much of its largest value a
+    word's attention must be to count, 0..1.
+    """
+
+    cross: float = 0.8
+    own: float = 0.4
+    weights: str = ""
+    blend: bool | str = False
+    threshold: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.cross <= 1 and 0 <= self.own <= 1):
+            raise UsageError(f"edit: cross and own take 0 to 1, got {self.cross} and {self.own}")
+        _weights(self.weights)
+
+    def __call__(self, pairs: Pairs) -> Pairs:
+        """The run with the rule in the network's attention."""
+        text = pairs.text
+        tokens = TokenMap.of(text.tokenizer, text.window, pairs.source, pairs.target, _weights(self.weights))
+        rule = PromptToPrompt(tokens, pairs.rows, pairs.until(self.cross), pairs.until(self.own))
+        if self.blend:
+            listed = "" if self.blend is True else self.blend
+            source, target = chosen(text.tokenizer, text.window, (pairs.source, pairs.target), listed)
+            blend = LocalBlend(pairs.sampler, pairs.network, (source, target), pairs.rows, pairs.until(0.2), self.threshold)
+            pairs = replace(pairs, sampler=blend)
+        return pairs.attending(rule)
+
+
+def _weights(text: str) -> dict[str, float]:
+    try:
+        parts = [part.split("=") for part in text.lower().split(",") if part.strip()]
+        return {word.strip(): float(value) for word, value in parts}
+    except ValueError as error:
+        raise UsageError(f'edit: weights is {text!r:.60}; it takes words and numbers, such as "small=2, red=-1"') from error
 
 
 def until(levels: Sequence[Level], share: float) -> float:
     """The noise u above which the first `share` (0..1) of a walk's steps lie."""
     return float(levels[round(share * (len(levels) - 1))].u)
-
-
-def _maps(q: Tensor, k: Tensor) -> Tensor:
-    """Attention maps in fp32, [N,heads,L,M]."""
-    return torch.softmax(q.float() @ k.float().mT * q.shape[-1] ** -0.5, dim=-1)
-
-
-def _spans(tokenizer: Tokenizer, window: int, text: str) -> list[tuple[str, range]]:
-    """The words of a prompt, each with its places among the tokens; what the window cuts off is left out."""
-    found, place = [], 1
-    for word in text.lower().split():
-        end = place + tokenizer.length(word) - 2
-        found.append((word, range(min(place, window - 1), min(end, window - 1))))
-        place = end
-    return [(word, span) for word, span in found if len(span)]
 
 
 def _aligned(before: list[tuple[str, range]], after: list[tuple[str, range]]) -> list[tuple[int, int]]:
