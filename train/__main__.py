@@ -1,69 +1,72 @@
-"""`accelerate launch -m train --config configs/<job>.toml [--set job.steps=100 ...]` (or `python -m train`)."""
+"""`accelerate launch -m train --config configs/<job>.toml [--set job.steps=100 ...]` (or `python -m train`).
+
+`python -m train check --config ...` lists every fault of the recipe and its data instead, and trains nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ldm_pipe import strict
-from ldm_pipe.errors import LdmError, UsageError, unknown
-
-TASKS = {"codec": "train.tasks.codec:Codec", "clip": "train.tasks.clip:Clip", "latent": "train.tasks.latent:Latent"}
-
-
-def read_recipe(path: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The tables of a recipe, with `table.key=value` settings written over them. Raises UsageError."""
-    try:
-        recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path!r} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path!r} is not TOML: {error}") from error
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        table, dot, field = key.partition(".")
-        if not (equals and dot and isinstance(recipe.get(table), dict)):
-            raise UsageError(f"--set {setting!r} is not of the form table.key=value with table in {', '.join(recipe)}")
-        recipe[table][field] = value
-    return recipe
+from ldm_pipe.errors import LdmError
+from train import recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one job. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train", description="Train by a recipe; resumes where it was stopped.")
-    parser.add_argument("--config", required=True, metavar="FILE.toml", help="the recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one value")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    """Run or check one job. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    checking = words[:1] == ["check"]
+    args = _parser(checking).parse_args(words[checking:])
     try:
-        recipe = read_recipe(args.config, args.set)
-        folder = _run(recipe, args.config)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"exported to {folder}")
-        return 0
+        tables = recipe.read(args.config, args.set)
+        if checking:
+            return _check(tables, args.config)
+        return _train(tables, args)
     except LdmError as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: stopped at once; the last checkpoint is kept", file=sys.stderr)
+        return 130
 
 
-def _run(recipe: dict[str, Any], where: str) -> Path:
-    name = recipe.get("task", {}).pop("name", None)
-    if name not in TASKS:
-        raise UsageError(f"{where}: " + unknown("task", str(name), TASKS))
-    from train.loop import Job, run
+def _parser(checking: bool) -> argparse.ArgumentParser:
+    says = "List every fault of a recipe and its data." if checking else "Train by a recipe; goes on where it was stopped."
+    parser = argparse.ArgumentParser(prog="train check" if checking else "train", description=says)
+    parser.add_argument("--config", required=True, metavar="FILE.toml", help="the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one value")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if not checking:
+        parser.add_argument("--allow-changed", action="store_true", help="go on although the recipe or the data changed")
+    return parser
 
-    module, _, cls = TASKS[name].partition(":")
-    job = strict.build(Job, recipe.get("job", {}), f"{where} [job]")
-    task = strict.build(getattr(importlib.import_module(module), cls), recipe["task"], f"{where} [task]")
-    return run(task, job)
+
+def _train(tables: dict[str, Any], args: argparse.Namespace) -> int:
+    task, job = recipe.build(tables, args.config)
+    from train.loop import run
+
+    folder = run(task, job, args.allow_changed)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"exported to {folder}")
+    return 0
+
+
+def _check(tables: dict[str, Any], where: str) -> int:
+    """Print the faults, the fatal ones first: 0 where there are none of those, else 2."""
+    found = recipe.faults(tables, where)
+    if not found:
+        task, job = recipe.build(tables, where)
+        found = task.check(job)
+    fatal = sum(f.fatal for f in found)
+    for fault in sorted(found, key=lambda f: not f.fatal):
+        print(f"{fault.where}: {'' if fault.fatal else 'note: '}{fault.words}")
+    print(f"{fatal} fault(s), {len(found) - fatal} note(s)")
+    return 2 if fatal else 0
 
 
 if __name__ == "__main__":

@@ -6,149 +6,227 @@ dropout from (seed, id) alone. So stopping at any step and resuming continues th
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldm_pipe.errors import NumericalError
+from ldm_pipe.errors import NumericalError, UsageError
 from train import checkpoint
+from train.batches import batches, parts_of
 from train.ema import Ema
+from train.job import Batch, Job, Task
+from train.log import Log
+from train.safety import Signals, Stopped, only_run
 
-Batch = dict[str, Any]
-
-
-class Task(Protocol):
-    """What a job trains. Frozen dataclasses implement it; their fields are the recipe's [task] table."""
-
-    def net(self) -> Any:
-        """The trainable module; `net(batch)` returns named losses, each a scalar; "loss" is the one that is minimised."""
-
-    def batch(self, seed: int, ids: Sequence[int]) -> Batch:
-        """The batch of these sample ids, a pure function of (seed, ids). Tensors on the CPU."""
-
-    def export(self, net: Any, folder: Path) -> None:
-        """Write what the job produced (diffusers folder layout) into an empty folder."""
+# What may differ when a run goes on: it changes no weight.
+FREE = frozenset({"output", "stop", "save_every", "log_every", "validate_every", "keep", "workers", "patience"})
+MOST_FAULTS = 3  # steps in a row that may be skipped
 
 
-@dataclass(frozen=True)
-class Job:
-    """How long, how fast and where. `batch` is per process; `stop` ends early without changing the decay."""
+class Outcome(NamedTuple):
+    """Of one step, the same on every process: losses, what was not finite ("" where all was), and a signal or 0."""
 
-    output: str
-    steps: int
-    batch: int = 64
-    seed: int = 0
-    lr: float = 1e-3
-    lr_end: float = 0.0
-    warmup: int = 100
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-    ema: float = 0.999
-    precision: str = "no"
-    channels_last: bool = False
-    save_every: int = 500
-    log_every: int = 20
-    keep: int = 2
-    stop: int = 0
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then half a cosine from `lr` to `lr_end`."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    losses: dict[str, float]
+    fault: str
+    signal: int
 
 
-def ids_of(step: int, batch: int, rank: int, world: int) -> range:
-    """Sample ids of one step on one process: consecutive numbers, no two processes or steps share one."""
-    first = (step * world + rank) * batch
-    return range(first, first + batch)
+def run(task: Task, job: Job, allow_changed: bool = False) -> Path:
+    """Train `task` by `job`, resuming from the newest valid checkpoint. Returns the folder of the exported model.
+
+    Raises UsageError where a run is to go on with another configuration, NumericalError after three steps in a row that were
+    not finite, Stopped after a signal (the state is saved then).
+    """
+    try:
+        accelerator = Accelerator(mixed_precision=job.precision)
+    except ValueError as error:
+        raise UsageError(f"job.precision {job.precision!r} is not to be had here: {error}") from error
+    output = Path(job.output)
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(only_run(output))
+            checkpoint.tidy(output)
+        signals = stack.enter_context(Signals().heard())
+        loop = _begin(task.grouped(job.batch * accelerator.num_processes), job, accelerator, signals, allow_changed)
+        loop.train()
+        return loop.finish()
 
 
-def run(task: Task, job: Job) -> Path:
-    """Train `task` by `job`, resuming from the newest valid checkpoint. Returns the folder of the exported model."""
-    accelerator = Accelerator(mixed_precision=job.precision)
+@dataclass
+class _Loop:
+    """A run that has begun."""
+
+    task: Task
+    job: Job
+    accelerator: Accelerator
+    signals: Signals
+    net: Any
+    prepared: nn.Module
+    optimiser: torch.optim.Optimizer
+    keeper: checkpoint.Keeper
+    log: Log
+    step: int
+    faults: int = 0
+
+    def train(self) -> None:
+        """All steps that are left."""
+        world = self.accelerator.num_processes
+        for batch in batches(self.task, self.job, self.step, self.accelerator.process_index, world):
+            outcome = self._one(batch)
+            self.step += 1
+            due = self.step % self.job.save_every == 0 or self.step == self.job.last or outcome.signal
+            if due and self.accelerator.is_main_process:
+                self._save()
+            if outcome.signal:
+                raise Stopped(f"stopped and saved after step {self.step}; the same command goes on", outcome.signal)
+            if self.job.validate_every and self.step % self.job.validate_every == 0:
+                self._validate()
+
+    def _one(self, batch: Batch) -> Outcome:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.job.rate(self.step)
+        losses, fault = self._backward(batch)
+        norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.job.clip)
+        scaler = self.accelerator.scaler
+        if not fault and not torch.isfinite(norm) and scaler is None:
+            bad = [n for n, p in self.net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            fault = f"the gradient of {bad[0] if bad else 'all weights'} in {', '.join(batch['names'])}"
+        outcome = self._agreed(losses, fault)
+        if not outcome.fault or scaler is not None:  # a scaler skips the step by itself, and learns from it
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if outcome.fault:
+            self._count(outcome.fault)
+        else:
+            self.faults = 0
+            self.keeper.ema.update(self.net, self.step)
+        if self.accelerator.is_main_process:
+            self.log.step(self.step, outcome.losses)
+        return outcome
+
+    def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], str]:
+        """The gradients of a batch: its losses averaged over the parts, and the first fault."""
+        parts = parts_of(batch, self.job.accumulate)
+        rows: list[dict[str, Tensor]] = []
+        fault = ""
+        for i, part in enumerate(parts):
+            moved = {k: v.to(self.accelerator.device) if isinstance(v, Tensor) else v for k, v in part.items()}
+            last = i + 1 == len(parts)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
+                out = self.prepared(moved)
+                fault = fault or _fault(moved, out)
+                self.accelerator.backward(out["loss"] / len(parts))
+            rows.append({n: v.detach().double() for n, v in out.items() if v.ndim == 0})
+        return {n: torch.stack([r[n] for r in rows]).nanmean() for n in rows[0]}, fault
+
+    def _agreed(self, losses: dict[str, Tensor], fault: str) -> Outcome:
+        """The same outcome on every process."""
+        world = self.accelerator.num_processes
+        if world == 1:
+            return Outcome({n: float(v) for n, v in losses.items()}, fault, self.signals.asked)
+        own = [*losses.values(), torch.tensor(float(bool(fault))), torch.tensor(float(self.signals.asked))]
+        all_ = self.accelerator.gather(torch.stack([v.to(self.accelerator.device).float() for v in own])[None])
+        means = all_[:, :-2].double().nanmean(0).tolist()
+        elsewhere = "what another process was given" if all_[:, -2].any() else ""
+        return Outcome(dict(zip(losses, means, strict=True)), fault or elsewhere, int(all_[:, -1].max()))
+
+    def _count(self, fault: str) -> None:
+        self.faults += 1
+        print(f"step {self.step + 1} is skipped: {fault} is not finite", flush=True)
+        if self.faults == MOST_FAULTS:
+            words = f"{MOST_FAULTS} steps in a row were not finite, step {self.step + 1} last: {fault}"
+            raise NumericalError(f"{words}; the last checkpoint is kept")
+
+    def _save(self) -> None:
+        state: dict[str, Any] = {"rows": self.log.rows, "faults": self.faults}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        self.keeper.save(self.step, state)
+
+    def _validate(self) -> None:
+        if self.accelerator.is_main_process:
+            folder = Path(self.job.output) / "validation" / f"{self.step:06d}"
+            self.net.eval()
+            with self.keeper.ema.swapped(self.net), torch.no_grad():
+                found = self.task.validate(self.net, folder)
+            self.net.train()
+            if found:
+                self.log.write({"step": self.step, "validation": found})
+                self.log.say(f"step {self.step}  " + "  ".join(f"{k} {v:.5g}" for k, v in found.items()))
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> Path:
+        """Export the averaged weights."""
+        folder = Path(self.job.output) / "export"
+        if self.accelerator.is_main_process:
+            with self.keeper.ema.swapped(self.net):
+                checkpoint.export(folder, lambda temp: self.task.export(self.net, temp))
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+def _begin(task: Task, job: Job, accelerator: Accelerator, signals: Signals, allow_changed: bool) -> _Loop:
+    """The run as it stands before its next step."""
+    output = Path(job.output)
     torch.manual_seed(job.seed)  # initial weights only
     with accelerator.main_process_first():  # what the first makes (caches), the others read
         net = task.net()
-    if job.channels_last:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for p in net.parameters() if p.requires_grad]
+    wrong = [n for n, p in net.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if wrong or not trained:
+        raise UsageError(f"trained weights are kept in fp32, and {wrong[0]} is not" if wrong else "nothing is trained")
+    if job.channels_last:
+        net = net.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(trained, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay, fused=True)
-    ema = Ema(net, job.ema)
-    output = Path(job.output)
-    first = checkpoint.restore(output, net, ema, optimiser, say=accelerator.print)
-    prepared, optimiser = accelerator.prepare(net, optimiser)
-    last = min(job.steps, job.stop) if job.stop else job.steps
-    log = Log(output, job, accelerator)
-    for step in range(first, last):
-        ids = ids_of(step, job.batch, accelerator.process_index, accelerator.num_processes)
-        losses = _step(accelerator, prepared, optimiser, task.batch(job.seed, ids), job, step)
-        ema.update(net, step)
-        log.step(step, losses)
-        if accelerator.is_main_process and ((step + 1) % job.save_every == 0 or step + 1 == last):
-            checkpoint.save(output, step + 1, net, ema, optimiser, keep=job.keep)
-    folder = output / "export"
+    keeper = checkpoint.Keeper(output, net, Ema(net, job.ema), optimiser, _facts(task, job, accelerator), job.keep)
+    found = keeper.restore(accelerator.print, allow_changed)
     if accelerator.is_main_process:
-        with ema.swapped(net):
-            checkpoint.export(folder, lambda temp: task.export(net, temp))
+        keeper.put_broken_aside()
+        checkpoint.check_space(output, net, job.keep)
     accelerator.wait_for_everyone()
-    return folder
+    log = Log(output, job, accelerator.num_processes, lambda text: accelerator.print(text, flush=True))
+    if accelerator.is_main_process:
+        log.resume(found.step, found.state.get("rows", []))
+    prepared, optimiser = accelerator.prepare(net, optimiser)
+    keeper.ema.to(accelerator.device)
+    if accelerator.scaler is not None and "scaler" in found.state:
+        accelerator.scaler.load_state_dict(found.state["scaler"])
+    loop = _Loop(task, job, accelerator, signals, net, prepared, optimiser, keeper, log, found.step)
+    loop.faults = int(found.state.get("faults", 0))
+    return loop
 
 
-def _step(
-    accelerator: Accelerator, net: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, job: Job, step: int
-) -> dict[str, Tensor]:
-    for group in optimiser.param_groups:
-        group["lr"] = job.rate(step)
-    batch = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    losses: dict[str, Tensor] = net(batch)
-    if not torch.isfinite(losses["loss"]):
-        raise NumericalError(f"the loss of step {step} is {losses['loss'].item()}; the last checkpoint is kept")
-    accelerator.backward(losses["loss"])
-    norm = accelerator.clip_grad_norm_(net.parameters(), job.clip)
-    if not torch.isfinite(norm):
-        raise NumericalError(f"a gradient of step {step} is not finite; the last checkpoint is kept")
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return {name: value.detach() for name, value in losses.items()}
+def _facts(task: Task, job: Job, accelerator: Accelerator) -> dict[str, Any]:
+    """What must not change while a run goes on, flat: "job.lr" and so on."""
+    fields = asdict(task) if is_dataclass(task) and not isinstance(task, type) else {}
+    total = {"job.batch": job.batch * accelerator.num_processes}  # one process of 8 is two of 4
+    facts = {f"job.{k}": v for k, v in asdict(job).items() if k not in FREE}
+    return {"task": type(task).__name__, **_flat("task", fields), **facts, **total, **task.facts()}
 
 
-class Log:
-    """Means of the losses every `log_every` steps: a line on the terminal and one in `log.jsonl`."""
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, part in value.items() for k, v in _flat(f"{prefix}.{name}", part).items()}
+    return {prefix: value}
 
-    def __init__(self, output: Path, job: Job, accelerator: Accelerator) -> None:
-        self.path, self.job, self.accelerator = output / "log.jsonl", job, accelerator
-        self.rows: list[dict[str, Tensor]] = []
-        self.since = time.perf_counter()
 
-    def step(self, step: int, losses: dict[str, Tensor]) -> None:
-        """Take note of one step's losses."""
-        self.rows.append(losses)
-        if (step + 1) % self.job.log_every or not self.accelerator.is_main_process:
-            return
-        record = {name: round(float(value), 6) for name, value in self._means()}
-        seconds = time.perf_counter() - self.since
-        speed = len(self.rows) * self.job.batch * self.accelerator.num_processes / seconds
-        left = (self.job.steps - step - 1) * seconds / len(self.rows)
-        line = {"step": step + 1, **record, "lr": self.job.rate(step), "samples_per_second": round(speed, 1)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = "  ".join(f"{k} {v:.5g}" for k, v in record.items())
-        where = f"step {step + 1}/{self.job.steps}"
-        self.accelerator.print(f"{where}  {shown}  {speed:.0f}/s  {left / 60:.1f} min left", flush=True)
-        self.rows, self.since = [], time.perf_counter()
-
-    def _means(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.rows[0]:
-            yield name, torch.stack([row[name].float() for row in self.rows]).mean()
+def _fault(batch: Batch, out: dict[str, Tensor]) -> str:
+    """What is not finite in a batch or its losses, with the samples and their levels; "" where all is finite."""
+    if torch.isfinite(out["loss"]):
+        return ""
+    names = batch["names"]
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            rows = [i for i in range(len(value)) if not torch.isfinite(value[i]).all()]
+            return f"{key} of {', '.join(names[i] for i in rows)}"
+    if "each" not in out:
+        return f"the loss of the samples {', '.join(names)}"
+    rows = [i for i, v in enumerate(torch.isfinite(out["each"]).tolist()) if not v]
+    levels = [f" at u = {float(out['u'][i]):.3f}" if "u" in out else "" for i in rows]
+    which = ", ".join(f"{names[i]}{where}" for i, where in zip(rows, levels, strict=True))
+    return f"the loss of {which}" if rows else "the loss as a whole"

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from ldm_pipe import Pipeline
 from train.data.latents import LatentCache
-from train.loop import Job, run
+from train.job import Job
+from train.loop import run
 from train.tasks.clip import Clip
 from train.tasks.codec import Codec
 from train.tasks.latent import Latent

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.loop import Batch
+from train.job import Batch, Task
 from train.world import render, scene_at
 from train.world.words import make_tokenizer, save_tokenizer
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Task):
     """A small CLIPModel. width, image_width: of the towers; window: tokens of a prompt; patch: pixels of an image patch."""
 
     width: int = 192

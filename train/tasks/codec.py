@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.loop import Batch
+from train.job import Batch, Task
 from train.world import render, scene_at
 
 
 @dataclass(frozen=True)
-class Codec:
+class Codec(Task):
     """AutoencoderKL of factor 2^(len(channels) - 1).
 
     kl: weight of the KL term in nats per image, relative to the summed squared error of an image in -1..1.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,20 @@ from ldm_pipe.networks.unet import UNet
 from ldm_pipe.path import Flow
 from ldm_pipe.prediction import FLOW
 from train.data.latents import LatentCache
-from train.loop import Batch
-from train.objectives.denoise import LogitNormal, denoising_loss
+from train.job import Batch, Task
+from train.objectives.objective import Objective, read
 from train.world import scene_at
 from train.world.scenes import caption
 
 
 @dataclass(frozen=True)
-class Latent:
+class Latent(Task):
     """Trains a U-Net, and its text encoder with it, on latents that are computed once.
 
     channels, attention, layers: of each resolution, from the latents' own down by factors of two; a level of 0 layers only
     folds its map into the next. heads: of every attention.
     codec, text: exports of the stages before. scenes: how many are cached; each visit draws one of its captions anew.
-    dropout: share of captions left empty. mean, deviation: of the logit-normal level distribution.
+    dropout: share of captions left empty. objective: a table, see train/objectives/objective.py.
     train_text: train the text encoder jointly (False: keep the contrastive one frozen). start: a model folder whose U-Net and
     text encoder are trained on, on the same codec ("": a fresh U-Net and the contrastive text encoder).
     """
@@ -51,8 +51,7 @@ class Latent:
     layers: tuple[int, ...] = (1, 1, 1)
     heads: int = 4
     dropout: float = 0.1
-    mean: float = 0.0
-    deviation: float = 1.0
+    objective: dict[str, Any] = field(default_factory=dict)
     train_text: bool = True
     start: str = ""
 
@@ -68,7 +67,7 @@ class Latent:
         else:
             unet = self._fresh(text.config.hidden_size)
         set_backend(unet, "math")
-        return LatentLoss(unet, text, LogitNormal(self.mean, self.deviation))
+        return LatentLoss(unet, text, self._objective())
 
     def _fresh(self, width: int) -> Any:
         """A U-Net for these latents and for text features of this width, its output zero."""
@@ -97,25 +96,23 @@ class Latent:
     def _cache(self) -> LatentCache:
         return _cache(self.codec, self.scenes)
 
+    def _objective(self) -> Objective:
+        return read(self.objective, "objective")
+
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
-        """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]."""
-        latents = self._cache()
-        rows, words, noise, normal = [], [], [], []
+        """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]; what else the objective draws."""
+        latents, objective = self._cache(), self._objective()
+        rows, words, draws = [], [], []
         for i in ids:
             rng = np.random.Generator(np.random.Philox(key=[seed + 11, i]))
             row = latents.row(seed, i)
             rows.append(row)
             text = caption(scene_at(latents.seed, row)[0], rng)
             words.append("" if rng.random() < self.dropout else text)
-            normal.append(rng.standard_normal())
-            noise.append(rng.standard_normal(latents.shape, dtype=np.float32))
+            draws.append(objective.draw(rng, latents.shape))
         tokens = _tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return {
-            "x0": latents.take(rows),
-            "noise": torch.from_numpy(np.stack(noise)),
-            "normal": torch.tensor(normal, dtype=torch.float32),
-            "tokens": tokens,
-        }
+        drawn = {name: torch.from_numpy(np.stack([d[name] for d in draws])) for name in draws[0]}
+        return {"x0": latents.take(rows), "tokens": tokens, **drawn}
 
     def export(self, net: Any, folder: Path) -> None:
         """Write a whole model: `unet/`, `text_encoder/`, copies of the other parts, and the index."""
@@ -166,15 +163,18 @@ def _tokenizer(folder: str) -> Any:
 class LatentLoss(nn.Module):
     """The denoising loss of a batch, text encoder included."""
 
-    def __init__(self, unet: nn.Module, text: nn.Module, levels: LogitNormal) -> None:
+    def __init__(self, unet: nn.Module, text: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.model, self.text, self.levels = Model(UNet(unet), Flow(), FLOW), text, levels
+        self.model, self.text, self.objective = Model(UNet(unet), Flow(), FLOW), text, objective
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """-> loss: mean squared error of the flow; and its means over the noisy and the clean half of the levels."""
+        """-> loss: mean squared error of the flow; its means over the noisy and the clean half of the levels; each, u: [B]."""
         tokens = self.text(batch["tokens"]).last_hidden_state
-        level = self.levels(batch["normal"])
-        loss = denoising_loss(self.model, batch["x0"], batch["noise"], level, Cond(tokens=tokens))
-        noisy = (batch["normal"] > 0).float()
-        halves = {"noisy": (loss * noisy).sum() / noisy.sum(), "clean": (loss * (1 - noisy)).sum() / (1 - noisy).sum()}
-        return {"loss": loss.mean(), **halves}
+        terms = self.objective(self.model, batch["x0"], batch, Cond(tokens=tokens))
+        noisy = (terms.u > 0.5).float()
+        halves = {"noisy": _mean(terms.error, noisy), "clean": _mean(terms.error, 1 - noisy)}
+        return {"loss": terms.loss.mean(), **halves, "each": terms.loss.detach(), "u": terms.u}
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    return (values * weight).sum() / weight.sum()
