@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_pipe.attention import ruled
+from ldm_pipe.attention import ruled, split
 
 
 class Linear(nn.Linear):
@@ -31,11 +31,6 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
-
-
-def split(t: Tensor, heads: int) -> Tensor:
-    """[B,L,C] -> [B,heads,L,C/heads]."""
-    return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -114,9 +109,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The attended values, projected."""
         source = x if y is None else y
-        q, k, v = (split(t, self.heads) for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
-        out = ruled(self, y is not None, q, k, v, F.scaled_dot_product_attention(q, k, v))
+        q, k = (split(t, self.heads) for t in (self.to_q(x), self.to_k(source)))
+        out = ruled(self, y is not None, (q, k, self.values(source)), F.scaled_dot_product_attention, self.values)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def values(self, y: Tensor) -> Tensor:
+        """[B,M,D] -> [B,heads,M,C/heads]."""
+        return split(self.to_v(y), self.heads)
 
 
 class GEGLU(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from ldm_pipe import __version__, commands
 from ldm_pipe.errors import LdmError, UsageError
 from ldm_pipe.output import FIELDS, NAME
+from ldm_pipe.patches import SPEED
 from ldm_pipe.request import Request
 
 # A settings field at the head of a sentence: on the command line it is a flag.
@@ -70,13 +71,22 @@ def parser() -> argparse.ArgumentParser:
     add("--height", metavar="PX", help="of an image (default: the model's)")
     add("--width", metavar="PX", help="of an image (default: the model's)")
     add("--init-image", metavar="FILE", help="start from a picture instead of noise")
-    add("--strength", metavar="X", help="with --init-image: the share of the steps run, 0 to 1 (default: 0.6)")
-    add("--mask", metavar="FILE", help="with --init-image: white is drawn anew, black kept to the bit (strength: 1)")
+    add("--strength", metavar="X", help="with --init-image: the share of the steps run, 0 to 1 (default: 0.6; of --edit: 1)")
+    add("--mask", metavar="FILE", help="with --init-image or --edit: white is drawn anew, black kept to the bit (strength: 1)")
+    add("--outpaint", metavar="PX", help="with --init-image: draw so many pixels more around it, such as 16 or left=16,top=8")
     add("--edit", metavar="TEXT", help='"a fox on blue -> a cat on blue": both pictures, the second keeping what it can of the '
-        "first (--set edit.cross=0.8, edit.own=0.4: shares of the steps)")
+        "first, which is drawn, or --input inverted (--set edit.cross=0.8, edit.inversion=null_text; --list inversions)")
+    add("--control", action="append", metavar="FOLDER", help="a ControlNet or T2I-Adapter in diffusers' layout; may be given "
+        "several times (--set control.lo=0.3: while the noise u is above; control.guess=true)")
+    add("--control-image", action="append", metavar="FILE", help="with --control: the picture that it reads, one for each")
+    add("--control-scale", action="append", metavar="X", help="with --control: how strongly it acts, one for each (default: 1)")
+    add("--patch", action="append", metavar="PATCH", help='what changes the network for the run, such as "deepcache(2)"; may be '
+        "given several times (--list patches)")
+    add("--speed", metavar="NAME", help=f"patches by name: {', '.join(SPEED)} (exact changes no bit)")
     add("--restore", metavar="OPERATOR", help='what degraded --input, such as "pool(4)" or "mask(half)" (--list operators)')
-    add("--input", metavar="FILE", help="with --restore: the degraded picture")
-    add("--method", metavar="NAME", help="with --restore: see --list restorations (default: dps; --set restore.scale=1)")
+    add("--input", metavar="FILE", help="with --restore: the degraded picture; with --edit: the picture to edit")
+    add("--method", metavar="NAME", help="of --restore (default: dps) and --mask (default: keep): see --list restorations (--set restore.scale=1); of "
+        "--edit: see --list editings (default: prompt_to_prompt)")
     add("--batch-size", metavar="N", help="images computed together (default: 16)")
     add("--dtype", help="auto (default), fp32, bf16 or fp16")
     add("--device", help="auto (default), cpu, cuda or cuda:N")

@@ -26,6 +26,9 @@ class Codec(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents."""
 
+    def raw(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder itself has them, not of unit variance."""
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Codec:
         """The same codec elsewhere."""
 
@@ -42,6 +45,10 @@ class Identity:
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
+        """The latents."""
+        return latents
+
+    def raw(self, latents: Tensor) -> Tensor:
         """The latents."""
         return latents
 
@@ -81,12 +88,54 @@ class KLCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """The decoder at latents / scale + shift."""
+        return self.vae.decode(self.raw(latents).to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """latents / scale + shift."""
         scale, shift = self._scale_shift
-        return self.vae.decode((latents / scale + shift).to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
+        return latents / scale + shift
 
     def to(self, device: torch.device, dtype: torch.dtype) -> KLCodec:
         """The same codec elsewhere; fp32 where fp16 is asked of one that must not use it."""
         if dtype == torch.float16 and self.vae.config.force_upcast:
             dtype = torch.float32
         torch.nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own warns of what is handled above
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class DCCodec:
+    """The deep compression autoencoder of diffusers, 32 pixels to one.
+
+    Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models, Chen et al. 2024, arXiv 2410.10733.
+    """
+
+    vae: Any
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image side per latent pixel."""
+        return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The encoder's output, scaled."""
+        latents = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0]
+        return latents.to(images.dtype) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The decoder at latents / scale."""
+        return self.vae.decode(self.raw(latents).to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """latents / scale."""
+        return latents / self.vae.config.scaling_factor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> DCCodec:
+        """The same codec elsewhere."""
+        torch.nn.Module.to(self.vae, device=device, dtype=dtype)
         return self

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm_pipe.plan import Plan
     from ldm_pipe.walk import Step
 
-PLURALS = {f"{kind}s": kind for kind in registry.KINDS}
+PLURALS = {f"{kind}{'es' if kind.endswith('ch') else 's'}": kind for kind in registry.KINDS}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -76,6 +76,8 @@ def _generate(request: Request) -> int:
     target = Target.of(request.output, len(prompts) * request.num_images + request.grid, request.force)
     recipe.check_fits(prompts, request.negative_prompt, target.format)
     started = time.perf_counter()
+    if request.edit is not None:
+        request.edited().check()
     from ldm_pipe import image
 
     sources = _sources(request)
@@ -87,7 +89,9 @@ def _generate(request: Request) -> int:
     pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
     for prompt in (*prompts, request.negative_prompt):
         say(*pipe.bundle.text.notices(prompt))
-    whole = _plan(request, pipe, prompts, settings, sources)
+    hints = sources.pop("controls")
+    whole = request.controls().applied(pipe, _plan(request, pipe, prompts, settings, sources), hints)
+    whole = request.patches().applied(pipe, whole)
     bar = _progress(whole) if sys.stderr.isatty() and not request.quiet else None
     done: list[Output] = []
     paths: list[Path] = []
@@ -134,7 +138,8 @@ def _sources(request: Request) -> dict[str, Any]:
     from ldm_pipe import image
 
     files = {"init_image": request.init_image, "mask": request.mask, "input": request.input}
-    return {n: image.read(path, f"--{n.replace('_', '-')}") for n, path in files.items() if path is not None}
+    found: dict[str, Any] = {n: image.read(path, f"--{n.replace('_', '-')}") for n, path in files.items() if path is not None}
+    return {**found, "controls": [image.read(path, "--control-image") for path in request.control_image]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _replay(request: Request, path: str) -> int:
 
     dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
     pipe = Pipeline.from_pretrained(request.model, request.device, dtype)
-    out = replay.again(found, pipe, _sources(request))
+    out = replay.again(found, pipe, _sources(request), request.controls())
     if not request.verify:
         print(*_write(out, pipe, target), sep="\n")
         return 0
@@ -211,14 +216,15 @@ def _plan(
     request: Request, pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any], sources: dict[str, Any]
 ) -> Plan:
     """The plan of the run, with what --edit and --restore make of it."""
-    restoration, degraded = request.restored(), sources.pop("input", None)
+    restoration, picture = request.restored(), sources.pop("input", None)
     if request.edit is not None:
-        given = pipe.resolve(Settings(**settings))
-        settings = {**settings, "seed": given.seed, "seeds": (given.seed,) * 2}
-    whole = pipe.plan(prompts, None, **sources, **settings)
-    if request.edit is not None:
-        whole = request.edited().applied(pipe, whole)
-    return whole if restoration is None else restoration.applied(pipe, whole, degraded)
+        return request.edited().plan(pipe, picture, **sources, **settings)
+    if restoration is not None:
+        return restoration.plan(pipe, prompts, picture, **settings)
+    inpainting = request.inpainted()
+    if inpainting is not None:
+        return inpainting.plan(pipe, prompts, sources["init_image"], sources.get("mask"), **settings)
+    return pipe.plan(prompts, None, **sources, **settings)
 
 
 def _progress(whole: Plan) -> Callable[[Step], None]:

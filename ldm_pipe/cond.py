@@ -15,18 +15,23 @@ from ldm_pipe.level import CLEAN, Level
 
 
 class Rows(NamedTuple):
-    """What the rows of a batched network call are: `size` images under every branch, in the branches' order, at a level."""
+    """What the rows of a batched network call are: `size` images under every branch, in the branches' order, at a level.
+
+    counts: how many images each branch holds, where some hold fewer.
+    """
 
     branches: tuple[str, ...]
     size: int
     level: Level
+    counts: tuple[int, ...] = ()
 
     def of(self, branch: str) -> slice | None:
         """The rows of one branch, None where the call does not hold it."""
         if branch not in self.branches:
             return None
-        first = self.branches.index(branch) * self.size
-        return slice(first, first + self.size)
+        place, counts = self.branches.index(branch), self.counts or (self.size,) * len(self.branches)
+        first = sum(counts[:place])
+        return slice(first, first + counts[place])
 
 
 # Of the call that runs in this thread; what looks into a network (attention rules, feature taps) reads it there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import warnings
@@ -27,19 +28,37 @@ def read(path: str | os.PathLike[str], flag: str = "image") -> Image.Image:
     """
     if not os.path.isfile(path):
         raise UsageError(f"{flag} {str(path)!r:.160} is not a file")
+    return _decoded(path, f"{flag} {str(path)!r:.160}")
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """`read` for the bytes of a picture file; `name` says in errors whose they are."""
+    return _decoded(io.BytesIO(data), name)
+
+
+def upright_size(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) that `decode` would give, read from the head of the file alone. Raises UsageError as `decode` does."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as found:
+            width, height = found.size
+            return (height, width) if found.getexif().get(0x0112, 1) >= 5 else (width, height)  # the tag of the orientation
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UsageError(f"{name} cannot be read as a picture; it takes a whole {', '.join(FORMATS)} file") from error
+
+
+def _decoded(source: str | os.PathLike[str] | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with Image.open(path, formats=FORMATS) as found:
+            with Image.open(source, formats=FORMATS) as found:
                 if found.width * found.height > MOST_PIXELS:
-                    raise UsageError(f"{flag} {str(path)!r:.160} has more than {MOST_PIXELS // 10**6} million pixels")
+                    raise UsageError(f"{name} has more than {MOST_PIXELS // 10**6} million pixels")
                 found.load()
                 return _plain(ImageOps.exif_transpose(found))
     except UsageError:
         raise
     except (OSError, ValueError, SyntaxError, Warning) as error:  # what Pillow raises on damaged files
-        wanted = f"it takes a whole {', '.join(FORMATS)} file"
-        raise UsageError(f"{flag} {str(path)!r:.160} cannot be read as a picture; {wanted}") from error
+        raise UsageError(f"{name} cannot be read as a picture; it takes a whole {', '.join(FORMATS)} file") from error
 
 
 def _plain(picture: Image.Image) -> Image.Image:

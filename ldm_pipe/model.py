@@ -93,7 +93,7 @@ class Model(nn.Module):
 class Branches:
     """The named conditions of one run. Make it fresh for every run: `evaluations` counts images per branch.
 
-    `others` are branches that another denoiser answers (a weaker model, a perturbed network).
+    `others` are branches that another denoiser answers (a weaker model, a perturbed network); they win over `conds`.
     """
 
     model: Model
@@ -101,38 +101,78 @@ class Branches:
     others: Mapping[str, Denoiser] = field(default_factory=dict)
     evaluations: Counter[str] = field(default_factory=Counter)
 
-    def __call__(self, x: Tensor, level: Level, names: Sequence[str]) -> dict[str, Estimate]:
-        """Estimates of x [B,C,H,W] for the named branches, those of this model from one call of [len(names) * B]."""
-        own = [n for n in names if n in self.conds]
-        missing = [n for n in names if n not in self.conds and n not in self.others]
-        if missing:
-            raise UsageError(f"the guidance needs a branch {missing[0]!r}; this run has {', '.join(self.conds)}")
+    def __call__(
+        self, x: Tensor, level: Level, names: Sequence[str], rows: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Estimate]:
+        """Estimates of x [B,C,H,W] for the named branches, those of this model from one call.
+
+        rows: the images for which a branch is wanted, where that is not all; its estimate is NaN for the others. A branch that
+        is wanted for none is left out; one that another denoiser answers is asked for all or for none.
+        """
+        names = [n for n in names if len((rows or {}).get(n, x))]
+        few = {n: list(r) for n, r in (rows or {}).items() if n in names and n not in self.others and len(r) < len(x)}
+        for name in names:
+            if name not in self.others:
+                self.cond(name)
         estimates = {n: self.others[n](x, level) for n in names if n in self.others}
         for n in names:
-            self.evaluations[n] += len(x)
+            self.evaluations[n] += len(few.get(n, x))
+        own = [n for n in names if n not in self.others]
         if own:
-            cond = Cond.cat([self._cond(n, level) for n in own])
-            token = ROWS.set(Rows(tuple(own), len(x), level))
-            try:
-                both = self.model(torch.cat([x] * len(own)) if len(own) > 1 else x, level, cond)
-            finally:
-                ROWS.reset(token)
-            self.model.evaluations.update({n: len(x) for n in own})
-            estimates.update(zip(own, _split(both, len(own)), strict=True))
-        return estimates
+            estimates |= self._together(x, level, own, few)
+        return {n: _spread(estimates[n], few[n], len(x)) if n in few else estimates[n] for n in names}
+
+    def cond(self, name: str) -> Cond | CondAt:
+        """The condition of one branch. Raises UsageError where there is none."""
+        if name not in self.conds:
+            raise UsageError(f"the guidance needs a branch {name!r}; this run has {', '.join(self.conds)}")
+        return self.conds[name]
+
+    def own(self, name: str, branch: str) -> Denoiser:
+        """This model under the condition of a branch, for a rule that changes its network or its x and calls the result
+        `branch`; the run counts it where the rule's branch is asked for."""
+        return self.model.bind(self.cond(name), branch)
+
+    def _together(self, x: Tensor, level: Level, names: Sequence[str], few: Mapping[str, list[int]]) -> dict[str, Estimate]:
+        """Estimates of the model itself, in one batch, each of the rows that are wanted."""
+        conds = [self._cond(n, level) for n in names]
+        conds = [c.take(few[n]) if n in few else c for n, c in zip(names, conds, strict=True)]
+        inside = [x[few[n]] if n in few else x for n in names]
+        counts = tuple(len(part) for part in inside)
+        token = ROWS.set(Rows(tuple(names), len(x), level, counts if few else ()))
+        try:
+            both = self.model(torch.cat(inside) if len(names) > 1 else inside[0], level, Cond.cat(conds))
+        finally:
+            ROWS.reset(token)
+        self.model.evaluations.update(dict(zip(names, counts, strict=True)))
+        return dict(zip(names, _split(both, counts), strict=True))
 
     def _cond(self, name: str, level: Level) -> Cond:
         cond = self.conds[name]
         return cond if isinstance(cond, Cond) else cond(level)
 
 
-def _split(estimate: Estimate, parts: int) -> list[Estimate]:
-    halves = [t.chunk(parts) if t is not None else (None,) * parts for t in estimate]
-    return [Estimate(*row) for row in zip(*halves, strict=True)]  # type: ignore[arg-type]
+def _split(estimate: Estimate, counts: Sequence[int]) -> list[Estimate]:
+    parts = [t.split(list(counts)) if t is not None else (None,) * len(counts) for t in estimate]
+    return [Estimate(*row) for row in zip(*parts, strict=True)]  # type: ignore[arg-type]
+
+
+def _spread(estimate: Estimate, rows: list[int], size: int) -> Estimate:
+    """The estimate of some rows as one of all `size` rows, NaN elsewhere, so that nothing uses them unnoticed."""
+    whole = [None if t is None else t.new_full((size, *t.shape[1:]), torch.nan) for t in estimate]
+    for there, part in zip(whole, estimate, strict=True):
+        if there is not None:
+            there[rows] = part
+    return Estimate(*whole)  # type: ignore[arg-type]
 
 
 class Rule(Protocol):
-    """How branches combine. A branch that is not needed at a level is not evaluated there. Rules nest."""
+    """How branches combine. A branch that is not needed at a level is not evaluated there. Rules nest, by a field `rule`.
+
+    A rule may also have `fresh() -> Rule`, itself without the state of earlier runs (a wrapped rule is made fresh by itself);
+    `others(branches) -> {name: Denoiser}`, the branches that it brings along; and `rows(level) -> {name: rows}`, the images
+    for which a branch is needed, where that is not all.
+    """
 
     def needs(self, level: Level) -> tuple[str, ...]:
         """Names of the branches that this level needs."""
@@ -142,13 +182,27 @@ class Rule(Protocol):
 
 
 def guided(branches: Branches, rule: Rule) -> Denoiser:
-    """The Denoiser that a rule makes of branches. A rule that keeps state over a run has `fresh()`, called here."""
+    """The Denoiser that a rule makes of branches: the rule made fresh, the branches joined by those that it brings along."""
     active = _fresh(rule)
-    return lambda x, level: active(branches(x, level, active.needs(level)), x, level)
+    parts = chain(active)
+    for part in parts:
+        if hasattr(part, "others"):
+            branches = replace(branches, others={**branches.others, **part.others(branches)})
+
+    def denoise(x: Tensor, level: Level) -> Estimate:
+        rows = {n: r for part in parts if hasattr(part, "rows") for n, r in part.rows(level).items()}
+        return active(branches(x, level, active.needs(level), rows), x, level)
+
+    return denoise
+
+
+def chain(rule: Any) -> list[Any]:
+    """A rule and those that it wraps as `rule`, the innermost first."""
+    return [*(chain(rule.rule) if hasattr(rule, "rule") else ()), rule]
 
 
 def _fresh(rule: Any) -> Rule:
     """The rule without the state of earlier runs, also in the rules that it wraps as `rule`."""
-    if hasattr(rule, "fresh"):
-        return rule.fresh()
-    return replace(rule, rule=_fresh(rule.rule)) if hasattr(rule, "rule") else rule
+    if hasattr(rule, "rule"):
+        rule = replace(rule, rule=_fresh(rule.rule))
+    return rule.fresh() if hasattr(rule, "fresh") else rule

@@ -92,3 +92,18 @@ class NoNoise:
             return torch.zeros_like(self.like)
 
         return draw
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Noise that was found, not drawn. draws: [B,C,H,W] for every index of the walk, whatever the tag."""
+
+    draws: tuple[Tensor, ...]
+
+    def at(self, index: int) -> StepNoise:
+        """The noise of one step."""
+        return lambda tag="step": self.draws[index]
+
+    def take(self, rows: Sequence[int]) -> Recorded:
+        """The noise of some of the images."""
+        return Recorded(tuple(d[list(rows)] for d in self.draws))

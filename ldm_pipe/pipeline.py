@@ -20,7 +20,7 @@ from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import Denoiser, Rule, guided
 from ldm_pipe.noise import Noise
-from ldm_pipe.plan import Plan, plan, resolve
+from ldm_pipe.plan import Plan, conditions, plan, resolve
 from ldm_pipe.settings import Settings
 from ldm_pipe.walk import Step, trajectory
 
@@ -102,15 +102,17 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
         init_image: Image | None = None,
         mask: Image | None = None,
+        conds: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> Output:
         """Make images. prompt: one or several; settings: the fields of `Settings` (seed=7, steps=25, num_images=4, ...).
 
         rule: guidance other than CFG(guidance_scale). on_step: called after every step of every batch. init_image: start from
         this picture, noised by `strength` (0.6 where it is not given); mask: greys of its size, white = drawn anew, black =
-        kept to the bit. Raises UsageError on wrong settings, NumericalError where a result is not finite.
+        kept to the bit. conds: prompts for branches that the rule names, {"negative": "a cat"}. Raises UsageError on wrong
+        settings, NumericalError where a result is not finite.
         """
-        return Output.joined(list(self.run(self.plan(prompt, rule, init_image, mask, **settings), on_step)))
+        return Output.joined(list(self.run(self.plan(prompt, rule, init_image, mask, conds, **settings), on_step)))
 
     def plan(
         self,
@@ -118,6 +120,7 @@ class Pipeline:
         rule: Rule | None = None,
         init_image: Image | None = None,
         mask: Image | None = None,
+        conds: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> Plan:
         """What a call with these arguments would do, to be looked at or changed (`dataclasses.replace(plan, guides=...)`)."""
@@ -125,7 +128,7 @@ class Pipeline:
             raise UsageError("a mask goes with an init image")
         source = Source(init_image, mask) if init_image is not None else None
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-        return plan(self.bundle, prompts, resolve(self.bundle, Settings(**settings), source), rule, source)
+        return plan(self.bundle, prompts, resolve(self.bundle, Settings(**settings), source), rule, source, conds)
 
     def run(self, whole: Plan, on_step: Callable[[Step], None] | None = None) -> Iterator[Output]:
         """Run a plan, batch by batch as they are finished; each Output holds the images of one batch.
@@ -208,9 +211,9 @@ class Pipeline:
 
     def _walk(self, part: Plan, evaluations: Counter[str]) -> Iterator[Step]:
         noise = Noise(part.seeds, part.shape, self.device)
-        branches = self.bundle.model.branches(**self._conds(part))
+        branches = self.bundle.model.branches(**{**self.conds(part), **part.conds})
         denoise, x = self._started(part, guided(branches, part.rule), noise.start())
-        for step in trajectory(denoise, x, part.levels, part.sampler, noise):
+        for step in trajectory(denoise, x, part.levels, part.sampler, part.noise or noise):
             where = f"at step {step.number + 1} of {len(part.levels) - 1}"
             _finite(step.estimate.x0, f"the network's estimate {where} holds")
             _finite(step.x, f"the latents {where} hold")
@@ -218,23 +221,22 @@ class Pipeline:
         evaluations.update(branches.evaluations)
 
     def _started(self, part: Plan, denoise: Denoiser, noise: Tensor) -> tuple[Denoiser, Tensor]:
-        """The denoiser of a run and its first x: all noise, or the noised picture of an edit, its known part held."""
+        """The denoiser of a run and its first x: all noise, or the noised or inverted picture of an edit, its known part held."""
         for guide in part.guides:
-            denoise = guide(denoise)
-        if part.source is None:
-            return denoise, part.sampler.start(noise, part.levels[0])
+            made: Any = guide
+            denoise = (made.prepared(self.bundle.codec, part.prompts) if hasattr(made, "prepared") else made)(denoise)
+        if part.source is None or (self.bundle.inserts and part.given.strength == 1):
+            return denoise, part.sampler.start(noise, part.levels[0]) if part.start is None else part.start
         with torch.no_grad():
             x0 = part.source.latents(self.bundle.codec, self.device)
         mask = part.source.latent_mask(self.bundle.codec.factor, self.device)
-        if mask is not None:
+        if mask is not None and part.source.held:
             denoise = Keep(x0, mask, float(part.levels[0].u))(denoise)
-        return denoise, part.levels[0].mix(x0, noise)
+        return denoise, part.levels[0].mix(x0, noise) if part.start is None else part.start
 
-    def _conds(self, part: Plan) -> dict[str, Cond]:
-        """The two usual branches, from one call of the text encoder."""
-        both = self.bundle.text([*part.prompts, *[part.negative] * len(part.prompts)])
-        half = len(part.prompts)
-        return {"cond": both.take(slice(0, half)), "uncond": both.take(slice(half, None))}
+    def conds(self, part: Plan) -> dict[str, Cond]:
+        """The usual branches."""
+        return conditions(self.bundle, part)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -7,18 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_pipe import registry
+from ldm_pipe.behind import behind, rule_of
+from ldm_pipe.cond import Cond
 from ldm_pipe.editing.source import Source
 from ldm_pipe.errors import UsageError
-from ldm_pipe.guidance.cfg import CFG
-from ldm_pipe.guide import parse
+from ldm_pipe.guide import guides, parse
 from ldm_pipe.level import Level
 from ldm_pipe.levels import tail
-from ldm_pipe.loading import Bundle
-from ldm_pipe.model import Denoiser, Rule
-from ldm_pipe.noise import seeds_of
+from ldm_pipe.loading import Bundle, load
+from ldm_pipe.model import CondAt, Denoiser, Model, Rule
+from ldm_pipe.noise import Recorded, seeds_of
+from ldm_pipe.prepare import prepared, texts
 from ldm_pipe.settings import Settings, check_sides
 from ldm_pipe.walk import Sampler
 
@@ -31,6 +34,8 @@ class Plan:
     """A run, all decisions taken: every image's (prompt, seed), along which levels, by which sampler and rule.
 
     shape: (C, h, w) of one latent. given: the resolved settings it follows from. source: the picture that an edit starts from.
+    start, noise: x at the first level [N,C,h,w] and what the sampler draws, where an inversion found them. conds: conditions of
+    all images that take the place of the usual ones, by branch.
     guides: what corrects the guided estimate, the first one innermost. recorded: what else the recipe is to say (fields of
     `Recipe`). report: makes a sentence for the user of the finished images [B,3,H,W]. Methods change a plan with
     `dataclasses.replace`; `Pipeline.run` runs it.
@@ -44,6 +49,9 @@ class Plan:
     shape: tuple[int, int, int]
     given: Settings
     source: Source | None = None
+    start: Tensor | None = None
+    noise: Recorded | None = None
+    conds: Mapping[str, Cond | CondAt] = field(default_factory=dict)
     guides: tuple[Guide, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[Tensor], str] | None = None
@@ -60,7 +68,16 @@ class Plan:
 
     def batch(self, first: int, size: int) -> Plan:
         """The same for `size` images from number `first` on."""
-        return replace(self, rows=self.rows[first : first + size])
+        rows = range(len(self.rows))[first : first + size]
+        conds = {name: taken(cond, rows) for name, cond in self.conds.items()}
+        start = None if self.start is None else self.start[list(rows)]
+        noise = None if self.noise is None else self.noise.take(rows)
+        return replace(self, rows=self.rows[first : first + size], start=start, noise=noise, conds=conds)
+
+
+def taken(cond: Cond | CondAt, rows: Sequence[int]) -> Cond | CondAt:
+    """Some rows of a condition, at every level where it is a function of it."""
+    return cond.take(rows) if isinstance(cond, Cond) else lambda level: cond(level).take(rows)
 
 
 def resolve(bundle: Bundle, settings: Settings, source: Source | None = None) -> Settings:
@@ -68,13 +85,14 @@ def resolve(bundle: Bundle, settings: Settings, source: Source | None = None) ->
     if settings.strength is not None and source is None:
         raise UsageError("strength goes with an init image")
     if source is not None and settings.strength is None:
-        settings = replace(settings, strength=1.0 if source.mask is not None else 0.6)
-    d, codec = bundle.defaults, bundle.codec
+        settings = replace(settings, strength=1.0 if source.mask is not None or bundle.inserts else 0.6)
+    d = bundle.defaults
     settings = replace(settings, height=settings.height or d.size[1], width=settings.width or d.size[0])
-    check_sides(settings, codec.factor)
+    check_sides(settings, bundle.multiple)
     seed = settings.seed if settings.seed is not None else secrets.randbelow(2**32)
     for first in settings.seeds or (seed,):
         seeds_of(first, settings.num_images)
+    spaced = {} if settings.spacing else bundle.spacing_set(int(settings.width or 0), int(settings.height or 0))
     return replace(
         settings,
         seed=seed,
@@ -82,6 +100,7 @@ def resolve(bundle: Bundle, settings: Settings, source: Source | None = None) ->
         guidance_scale=None if settings.guide else float(_or(settings.guidance_scale, d.guidance_scale)),
         sampler=settings.sampler or d.sampler,
         spacing=settings.spacing or d.spacing,
+        spacing_set={**spaced, **settings.spacing_set},
     )
 
 
@@ -90,22 +109,62 @@ def _or(value: float | None, default: float) -> float:
 
 
 def plan(
-    bundle: Bundle, prompts: Sequence[str], given: Settings, rule: Rule | None = None, source: Source | None = None
+    bundle: Bundle,
+    prompts: Sequence[str],
+    given: Settings,
+    rule: Rule | None = None,
+    source: Source | None = None,
+    conds: Mapping[str, str] | None = None,
 ) -> Plan:
-    """The plan of a run with resolved settings. rule: instead of the settings' guidance. source: where an edit starts."""
+    """The plan of a run with resolved settings. rule: instead of the settings' guidance. source: where an edit starts. conds:
+    prompts of all images for branches that the rule names."""
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise UsageError(f"prompt takes one text or several, got {prompts!r:.60}")
     codec = bundle.codec
     sampler = registry.build("sampler", str(given.sampler), **given.sampler_set)
-    levels = registry.build("spacing", str(given.spacing), **given.spacing_set)(bundle.model.path, given.steps)
     shape = (codec.channels, int(given.height or 0) // codec.factor, int(given.width or 0) // codec.factor)
+    levels = registry.build("spacing", str(given.spacing), **_spacing(given, shape))(bundle.model.path, given.steps)
     if rule is None:
-        rule = parse(given.guide) if given.guide else CFG(float(given.guidance_scale or 0.0))
-    walk = tail(levels, given.strength) if given.strength else levels
+        scale = 1.0 if bundle.embeds else float(given.guidance_scale or 0.0)
+        rule = parse(given.guide) if given.guide else rule_of(bundle.inserts, scale)
+    walk = sampler.walk(tail(levels, given.strength) if given.strength else levels)
     if source is not None:
         source = source.fitted(int(given.width or 0), int(given.height or 0))
+        source = replace(source, held=source.held and bundle.inserts is None)
     recorded = {"sources": source.digests} if source is not None else {}
-    return Plan(_rows(prompts, given), given.negative_prompt, tuple(walk), sampler, rule, shape, given, source, (), recorded)
+    rows = _rows(prompts, given)
+    rule = prepared(rule, given, _loader(bundle))
+    named = {
+        branch: bundle.conditions([text] * len(rows), given.negative_prompt, given.guidance_scale)["cond"]
+        for branch, text in {**texts(rule), **(conds or {})}.items()
+    }
+    correct = guides(given.guide) if given.guide else ()
+    found = Plan(rows, given.negative_prompt, tuple(walk), sampler, rule, shape, given, source, recorded=recorded)
+    return replace(found, conds=named, guides=correct)
+
+
+def _loader(bundle: Bundle) -> Callable[[str], Model]:
+    """What loads another model to where this one is, in its dtype."""
+
+    def other(folder: str) -> Model:
+        weight = next(bundle.model.parameters())
+        return load(folder).to(weight.device, weight.dtype).model
+
+    return other
+
+
+def _spacing(given: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The spacing's fields; `tokens` are those of the latent, 2x2 of its pixels each, where nothing else is asked for."""
+    asks = "tokens" in dict(registry.entry("spacing", str(given.spacing)).fields)
+    return {**({"tokens": max(1, shape[1] * shape[2] // 4)} if asks else {}), **given.spacing_set}
+
+
+@torch.no_grad()
+def conditions(bundle: Bundle, part: Plan) -> dict[str, Cond]:
+    """The usual branches of a run, with what of its source the network takes behind x."""
+    found = bundle.conditions(part.prompts, part.negative, part.given.guidance_scale)
+    size = (part.shape[1] * bundle.codec.factor, part.shape[2] * bundle.codec.factor)
+    return behind(found, bundle.inserts, bundle.codec, part.source, size)
 
 
 def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:

@@ -35,7 +35,7 @@ class Recipe:
     """What made one image. seed: the image's own; batch, row: how many were computed together, and which this one was.
 
     sources: SHA-256 of the pixels an edit started from. edit, restoration: the fields of the `Edit` or the `Restoration` it
-    was. digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
+    was. controls: name, digest and settings of each. patches: as --patch takes them, those of the preset `speed` among them. digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
     """
 
     prompt: str
@@ -56,6 +56,9 @@ class Recipe:
     sources: dict[str, Any] = field(default_factory=dict)
     edit: dict[str, Any] = field(default_factory=dict)
     restoration: dict[str, Any] = field(default_factory=dict)
+    controls: tuple[dict[str, Any], ...] = ()
+    patches: tuple[str, ...] = ()
+    speed: str = ""
     model: str = "builtin"
     digests: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -88,6 +91,8 @@ class Recipe:
         rows |= {"spacing": self._with(self.spacing, self.spacing_set), "guidance": self.guide or self.guidance_scale}
         rows |= {"edit": self.edit and f"{self.edit.get('source')} -> {self.edit.get('target')}"} if self.edit else {}
         rows |= {"restored": " by ".join(str(v) for k, v in self.restoration.items() if k in ("operator", "method"))}
+        rows |= {"controls": ", ".join(f"{c.get('name')} x{c.get('scale')}" for c in self.controls)}
+        rows |= {"patches": ", ".join(self.patches) + (f" (--speed {self.speed})" if self.speed else "")}
         rows |= {"size": f"{self.width}x{self.height}", "model": self.model, "made with": f"{self.dtype} on {self.device}"}
         return "\n".join(f"{name + ':':<17}{value}" for name, value in rows.items() if value not in (None, ""))
 

@@ -22,9 +22,11 @@ from ldm_pipe.errors import UsageError, unknown
 
 KINDS: dict[str, dict[str, str]] = {
     "sampler": {
+        "consistency": "ldm_pipe.samplers.consistency:Consistency",
         "ddim": "ldm_pipe.samplers.ddim:DDIM",
         "ddpm": "ldm_pipe.samplers.ddpm:DDPM",
         "deis": "ldm_pipe.samplers.deis:DEIS",
+        "dpm1s": "ldm_pipe.samplers.euler:Euler",
         "dpm2": "ldm_pipe.samplers.dpm2:DPM2",
         "dpm2_ancestral": "ldm_pipe.samplers.dpm2:DPM2Ancestral",
         "dpm2m": "ldm_pipe.samplers.dpm2m:DPM2M",
@@ -36,28 +38,80 @@ KINDS: dict[str, dict[str, str]] = {
         "er_sde": "ldm_pipe.samplers.er_sde:ERSDE",
         "euler": "ldm_pipe.samplers.euler:Euler",
         "euler_ancestral": "ldm_pipe.samplers.euler_ancestral:EulerAncestral",
+        "flow_euler": "ldm_pipe.samplers.euler:Euler",
+        "flow_heun": "ldm_pipe.samplers.heun:FlowHeun",
         "heun": "ldm_pipe.samplers.heun:Heun",
         "ipndm": "ldm_pipe.samplers.plms:PLMS",
         "lcm": "ldm_pipe.samplers.lcm:LCM",
         "lms": "ldm_pipe.samplers.lms:LMS",
+        "ode": "ldm_pipe.samplers.ode:ODE",
         "plms": "ldm_pipe.samplers.plms:PLMS",
         "renoise": "ldm_pipe.samplers.renoise:Renoise",
+        "restart": "ldm_pipe.samplers.restart:Restart",
         "sa_solver": "ldm_pipe.samplers.sa_solver:SASolver",
+        "score_sde": "ldm_pipe.samplers.score_sde:ScoreSDE",
         "tcd": "ldm_pipe.samplers.tcd:TCD",
         "unipc": "ldm_pipe.samplers.unipc:UniPC",
     },
     "rule": {
+        "adaptive": "ldm_pipe.guidance.adaptive:Adaptive",
+        "apg": "ldm_pipe.guidance.apg:APG",
+        "autoguidance": "ldm_pipe.guidance.autoguidance:Autoguidance",
         "between": "ldm_pipe.guidance.between:Between",
         "cfg": "ldm_pipe.guidance.cfg:CFG",
+        "cfg_zero": "ldm_pipe.guidance.cfg_zero:CFGZero",
+        "cfgpp": "ldm_pipe.guidance.cfgpp:CFGPP",
+        "compose": "ldm_pipe.guidance.compose:Compose",
+        "curve": "ldm_pipe.guidance.curve:Curve",
+        "linear_ag": "ldm_pipe.guidance.linear_ag:LinearAG",
+        "noise_damped": "ldm_pipe.guidance.noise_damped:NoiseDamped",
+        "pag": "ldm_pipe.guidance.pag:PAG",
+        "perp_neg": "ldm_pipe.guidance.perp_neg:PerpNeg",
         "rescale": "ldm_pipe.guidance.rescale:Rescale",
+        "sag": "ldm_pipe.guidance.sag:SAG",
+        "seg": "ldm_pipe.guidance.seg:SEG",
+        "skip_layer": "ldm_pipe.guidance.skip_layer:SkipLayer",
+        "tcfg": "ldm_pipe.guidance.tcfg:TCFG",
+        "threshold": "ldm_pipe.guidance.threshold:Threshold",
+    },
+    "guide": {
+        "classifier": "ldm_pipe.guidance.classifier:Classifier",
+        "clip": "ldm_pipe.guidance.clip:Clip",
+        "experts": "ldm_pipe.guidance.classifier:Experts",
     },
     "spacing": {
+        "align_your_steps": "ldm_pipe.spacings.align_your_steps:align_your_steps",
+        "beta": "ldm_pipe.spacings.beta:beta",
+        "exponential": "ldm_pipe.spacings.exponential:exponential",
+        "file": "ldm_pipe.spacings.given:given",
         "flow": "ldm_pipe.levels:flow",
         "karras": "ldm_pipe.levels:karras",
+        "lambda": "ldm_pipe.spacings.exponential:exponential",
         "leading": "ldm_pipe.levels:leading",
         "linspace": "ldm_pipe.levels:linspace",
         "quadratic": "ldm_pipe.levels:quadratic",
+        "token_shift": "ldm_pipe.spacings.token_shift:token_shift",
         "trailing": "ldm_pipe.levels:trailing",
+        "zero_terminal": "ldm_pipe.spacings.zero_terminal:zero_terminal",
+    },
+    "editing": {
+        "plug_and_play": "ldm_pipe.editing.plug_and_play:PlugAndPlay",
+        "prompt_to_prompt": "ldm_pipe.editing.prompt_to_prompt:Replacing",
+    },
+    "inversion": {
+        "dpm_encoder": "ldm_pipe.editing.dpm_encoder:DPMEncoder",
+        "fixed_point": "ldm_pipe.editing.invert:FixedPoint",
+        "negative_prompt": "ldm_pipe.editing.negative_prompt:NegativePrompt",
+        "null_text": "ldm_pipe.editing.null_text:NullText",
+        "plain": "ldm_pipe.editing.invert:Plain",
+    },
+    "patch": {
+        "controlnet": "ldm_pipe.control.controlnet:ControlNet",
+        "deepcache": "ldm_pipe.speed.deepcache:DeepCache",
+        "faster": "ldm_pipe.speed.faster:Faster",
+        "t2i_adapter": "ldm_pipe.control.t2i_adapter:T2IAdapter",
+        "text_cache": "ldm_pipe.speed.text_cache:TextCache",
+        "tome": "ldm_pipe.speed.tome:ToMe",
     },
     "operator": {
         "bicubic": "ldm_pipe.restore.bicubic:Bicubic",
@@ -71,9 +125,12 @@ KINDS: dict[str, dict[str, str]] = {
         "pool": "ldm_pipe.restore.pool:Pool",
     },
     "restoration": {
+        "adir": "ldm_pipe.restore.adir:ADIR",
         "blended": "ldm_pipe.restore.blended:BlendedLatent",
+        "ccdf": "ldm_pipe.restore.truncated:CCDF",
         "ddnm": "ldm_pipe.restore.ddnm:DDNM",
         "ddnm_plus": "ldm_pipe.restore.ddnm_plus:DDNMPlus",
+        "ddnm_scaled": "ldm_pipe.restore.ddnm_plus:DDNMScaled",
         "ddrm": "ldm_pipe.restore.ddrm:DDRM",
         "diffpir": "ldm_pipe.restore.diffpir:DiffPIR",
         "dmps": "ldm_pipe.restore.dmps:DMPS",
@@ -83,6 +140,7 @@ KINDS: dict[str, dict[str, str]] = {
         "psld": "ldm_pipe.restore.psld:PSLD",
         "reddiff": "ldm_pipe.restore.reddiff:REDDiff",
         "repaint": "ldm_pipe.restore.repaint:RePaint",
+        "resample": "ldm_pipe.restore.resample:ReSample",
         "truncated": "ldm_pipe.restore.truncated:Truncated",
     },
 }
@@ -133,7 +191,8 @@ def entry(kind: str, name: str) -> Entry:
     assert isinstance(node, ast.ClassDef | ast.FunctionDef)
     if isinstance(node, ast.ClassDef):
         rows = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
-        fields = tuple((ast.unparse(n.target), ast.unparse(n.value) if n.value else "required") for n in rows)
+        found = ((ast.unparse(n.target), ast.unparse(n.value) if n.value else "required") for n in rows)
+        fields = tuple((name, default) for name, default in found if not name.startswith("_"))
     else:
         args, defaults = node.args.args, node.args.defaults
         given = dict(zip([a.arg for a in args[-len(defaults) :]], defaults, strict=True)) if defaults else {}

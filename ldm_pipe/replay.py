@@ -12,15 +12,19 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import __version__, strict
+from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import UsageError
+from ldm_pipe.patches import Patches
 from ldm_pipe.recipe import FORMATS, Recipe, encode
-from ldm_pipe.restoration import Restoration
+from ldm_pipe.restoration import Inpainting, Restoration
+from ldm_pipe.settings import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ldm_pipe.pipeline import Output, Pipeline
+    from ldm_pipe.plan import Plan
 
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "pillow")
 SHARED = [f.name for f in dataclasses.fields(Recipe)]
@@ -76,15 +80,16 @@ def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Image] | None =
         if (name in recipe.sources) != (name in given):
             wanted = "is needed: the image was made from one" if name in recipe.sources else "was not used for it"
             raise UsageError(f"--{name.replace('_', '-')} {wanted}")
-    degraded, prompts = given.get("input"), [recipe.prompt] * recipe.batch
-    edit = strict.build(Edit, recipe.edit, "edit") if recipe.edit else None
-    if edit is not None:
-        prompts = [p for p in (edit.source, edit.target) for _ in range(recipe.batch // 2)]
-    whole = pipe.plan(prompts, None, given.get("init_image"), given.get("mask"), **settings_of(recipe))
-    if edit is not None:
-        whole = edit.applied(pipe, whole)
-    if degraded is not None:
-        whole = strict.build(Restoration, recipe.restoration, "restoration").applied(pipe, whole, degraded)
+    picture, mask, settings = given.get("input"), given.get("mask"), settings_of(recipe)
+    if recipe.edit:
+        _check_edited(recipe, pipe, picture, mask)  # before its inversion, which takes time
+        whole = strict.build(Edit, recipe.edit, "edit").plan(pipe, picture, mask, **settings)
+    elif recipe.restoration:
+        whole = _restored(recipe, pipe, given)
+    else:
+        whole = pipe.plan([recipe.prompt] * recipe.batch, None, given.get("init_image"), mask, **settings)
+    whole = controls.again(recipe.controls).applied(pipe, whole, given.get("controls", ()))
+    whole = Patches(recipe.patches, recipe.speed).applied(pipe, whole)
     for name, digest in whole.recorded.get("sources", {}).items():
         if digest != recipe.sources[name]:
             raise UsageError(f"--{name.replace('_', '-')} is not the picture that the image was made from")
@@ -92,6 +97,28 @@ def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Image] | None =
     row = slice(recipe.row, recipe.row + 1)
     kept = {n: getattr(out, n)[row] for n in ("images", "latents", "prompts", "seeds", "places")}
     return dataclasses.replace(out, **kept)
+
+
+def _check_edited(recipe: Recipe, pipe: Pipeline, picture: Image | None, mask: Image | None) -> None:
+    """Raise UsageError where the picture is not the one that was edited."""
+    if picture is None:
+        return
+    from ldm_pipe.editing.source import Source
+
+    given = pipe.resolve(Settings(height=recipe.height, width=recipe.width))
+    if Source(picture, mask).fitted(int(given.width or 0), int(given.height or 0)).digests["init_image"] != recipe.sources["input"]:
+        raise UsageError("--input is not the picture that the image was made from")
+
+
+def _restored(recipe: Recipe, pipe: Pipeline, given: Mapping[str, Image]) -> Plan:
+    """The plan of a recipe that names a restoration, of a degraded picture or under a mask."""
+    found, prompts, settings = recipe.restoration, [recipe.prompt] * recipe.batch, settings_of(recipe)
+    if "operator" in found and "input" in given:
+        return strict.build(Restoration, found, "restoration").plan(pipe, prompts, given["input"], **settings)
+    if "operator" in found or "init_image" not in given:
+        raise UsageError("the recipe names a restoration, but no picture that it was made from")
+    inpainting = strict.build(Inpainting, found, "restoration")
+    return inpainting.plan(pipe, prompts, given["init_image"], given.get("mask"), **settings)
 
 
 def verify(path: str | os.PathLike[str], recipe: Recipe, out: Output, pipe: Pipeline) -> Verdict:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm_pipe import guide, registry, strict
+from ldm_pipe import guide, level_file, registry, strict
+from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import ModelError, UsageError, unknown
-from ldm_pipe.restoration import Restoration
+from ldm_pipe.patches import Patches
+from ldm_pipe.restoration import PLAIN, Inpainting, Restoration
 from ldm_pipe.settings import Settings, check_device, check_dtype, check_sides
 
 SETTINGS = (
@@ -23,7 +25,7 @@ SETTINGS = (
 )  # fmt: skip
 MOST_TEXT = 64_000_000
 WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype")
-WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", *WITH_SHOW[1:])
+WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", "control", "control_image", *WITH_SHOW[1:])
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,17 @@ class Request:
     batch_size: int = 16
     init_image: str | None = None
     mask: str | None = None
+    outpaint: str | None = None
     strength: float | None = None
     edit: str | None = None
+    control: tuple[str, ...] = ()
+    control_image: tuple[str, ...] = ()
+    control_scale: tuple[float, ...] = ()
+    patch: tuple[str, ...] = ()
+    speed: str | None = None
     restore: str | None = None
     input: str | None = None
-    method: str = "dps"
+    method: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     grid: bool = False
@@ -88,6 +96,9 @@ class Request:
             if self.prompt or self.prompts is not None or self.init_image is not None:
                 raise UsageError("--edit holds both prompts; --prompt, --prompts and --init-image do not go with it")
             edit = self.edited()
+            if self.num_images > 1 and self.input is not None and edit.inversion != "dpm_encoder":
+                drawn = "--set edit.inversion=dpm_encoder draws different ones"
+                raise UsageError(f"--num-images: inversion {edit.inversion} gives the same image for every seed; {drawn}")
             return (edit.source, edit.target), None
         given = [sys.stdin.read().strip() if p == "-" else p for p in self.prompt]
         rows: list[tuple[str, int | None]] = [(p, None) for p in given]
@@ -110,11 +121,14 @@ class Request:
         found: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS} | {"seeds": seeds}
         found |= {f"{kind}_set": self.fields(kind) for kind in ("sampler", "spacing")}
         self.restored()
-        if self.fields("edit") and self.edit is None:
-            raise UsageError('--set edit... goes with --edit "SOURCE -> TARGET"')
+        self.patches()
+        self.controls()
+        if (self.fields("edit") or self.fields("inversion")) and self.edit is None:
+            raise UsageError('--set edit... and inversion... go with --edit "SOURCE -> TARGET"')
         settings = Settings(**found)
-        if self.init_image is None and (self.mask is not None or self.strength is not None):
-            raise UsageError("--mask and --strength go with --init-image FILE")
+        start = self.init_image if self.edit is None else self.input
+        if start is None and (self.mask is not None or self.strength is not None):
+            raise UsageError("--mask and --strength go with --init-image FILE, or with --edit and --input FILE")
         check_device(self.device)
         check_dtype(self.dtype)
         check_sides(settings, _factor(self.model))
@@ -122,6 +136,8 @@ class Request:
             if self.guidance_scale is not None:
                 raise UsageError("--guide and --guidance-scale exclude each other; write the scale as cfg(5) in --guide")
             guide.calls(self.guide)
+        if self.spacing == "file":
+            found["spacing_set"] = level_file.filled_in(found["spacing_set"])
         for kind in ("sampler", "spacing"):
             if found[kind] is not None:
                 _check_fields(kind, found[kind], found[f"{kind}_set"])
@@ -134,26 +150,54 @@ class Request:
         for item in self.set:
             key, equals, value = item.partition("=")
             kind, dot, name = key.partition(".")
-            if not (equals and dot and kind in ("sampler", "spacing", "edit", "restore")):
+            if not (equals and dot and kind in ("sampler", "spacing", "edit", "inversion", "restore", "control")):
                 hint = f"; did you mean sampler.{item}?" if equals and not dot else ""
                 raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value{hint}")
             if kind == wanted:
                 found[name] = value
         return found
 
+    def controls(self) -> Controls:
+        """What --control asks for."""
+        return Controls.of(self.control, len(self.control_image), self.control_scale, self.fields("control"))
+
+    def patches(self) -> Patches:
+        """What --speed and --patch ask for."""
+        return Patches.of(self.speed, self.patch)
+
     def restored(self) -> Restoration | None:
         """What --restore asks for."""
         fields = self.fields("restore")
+        if self.edit is not None and self.restore is not None:
+            raise UsageError("--edit and --restore exclude each other")
+        inpaints = self.inpainted() is not None
+        if self.method is not None and self.edit is None and self.restore is None and not inpaints:
+            raise UsageError("--method goes with --edit, --restore, --mask or --outpaint")
         if self.restore is None or self.input is None:
-            if self.restore is not None or self.input is not None or fields:
+            if self.restore is not None or (self.input is not None and self.edit is None) or (fields and not inpaints):
                 raise UsageError('--restore and --input go together: --restore "pool(4)" --input small.png')
             return None
         deviation = strict.coerce(fields.pop("deviation", 0.0), float, "--set restore.deviation")
-        return Restoration(self.restore, self.method, fields, deviation)
+        return Restoration(self.restore, self.method or "dps", fields, deviation)
+
+    def inpainted(self) -> Inpainting | None:
+        """What --outpaint, or --mask with a --method, asks for."""
+        if self.outpaint is not None and (self.init_image is None or self.mask is not None):
+            raise UsageError("--outpaint goes with --init-image FILE and without --mask: the border is what is drawn")
+        if self.edit is not None or self.init_image is None or (self.outpaint is None and self.mask is None):
+            return None
+        if self.restore is not None:
+            raise UsageError("--restore and --mask exclude each other; --restore \"mask(FILE)\" keeps what is white")
+        fields = self.fields("restore")
+        if self.outpaint is None and self.method in (None, PLAIN) and not fields:
+            return None if self.method is None else Inpainting()
+        deviation = strict.coerce(fields.pop("deviation", 0.0), float, "--set restore.deviation")
+        return Inpainting(self.method or PLAIN, fields, deviation, self.outpaint or "")
 
     def edited(self) -> Edit:
         """What --edit asks for."""
-        return Edit.of(str(self.edit), self.fields("edit"))
+        method = self.method or "prompt_to_prompt"
+        return Edit.of(str(self.edit), self.fields("edit"), method, self.fields("inversion"))
 
 
 def _factor(model: str) -> int:

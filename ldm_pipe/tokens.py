@@ -37,6 +37,16 @@ class Tokenizer(Protocol):
         """How many ids the whole prompt has."""
 
 
+def places(tokenizer: Tokenizer, window: int, text: str) -> list[tuple[str, range]]:
+    """The words of a prompt, each with its places among the tokens; what the window cuts off is left out."""
+    found, place = [], 1
+    for word in text.lower().split():
+        end = place + tokenizer.length(word) - 2
+        found.append((word, range(min(place, window - 1), min(end, window - 1))))
+        place = end
+    return [(word, span) for word, span in found if len(span)]
+
+
 @dataclass(frozen=True, eq=False)
 class FromTransformers:
     """A tokenizer of transformers."""

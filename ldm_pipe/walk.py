@@ -37,7 +37,7 @@ class Sampler:
     """Base of the samplers: frozen dataclasses with a `step`, no hidden state.
 
     `travels` says that a rise in the levels is meant (RePaint); memory restarts there. `calls` is how many evaluations one
-    full step takes.
+    full step takes, 0 where a tolerance decides.
     """
 
     travels: ClassVar[bool] = False
@@ -53,6 +53,52 @@ class Sampler:
     ) -> Step:
         """From x at `here` to x at `there`. `memory` is what the last step returned, None at first."""
         raise TypeError(f"{type(self).__name__} has no step")
+
+    def walk(self, levels: Sequence[Level]) -> list[Level]:
+        """The levels to walk, given falling ones: a sampler that travels adds its rises, a truncated one leaves some out."""
+        return list(levels)
+
+
+class Wrapping(Sampler):
+    """Base of the samplers that act around another one, their field `sampler`: where it starts, what it costs, whether it
+    travels and what it remembers follow from that one. Subclasses say in `down` what they add to its steps.
+    """
+
+    sampler: Sampler
+
+    @property
+    def travels(self) -> bool:  # type: ignore[override]
+        """Does the wrapped sampler?"""
+        return self.sampler.travels
+
+    @property
+    def calls(self) -> int:  # type: ignore[override]
+        """Those of the wrapped sampler: what it adds costs no evaluation."""
+        return self.sampler.calls
+
+    def start(self, noise: Tensor, level: Level) -> Tensor:
+        """The wrapped sampler's."""
+        return self.sampler.start(noise, level)
+
+    def walk(self, levels: Sequence[Level]) -> list[Level]:
+        """The wrapped sampler's."""
+        return self.sampler.walk(levels)
+
+    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
+        """Down: `down`. Up: more noise, and x as its own estimate; no network is asked."""
+        if float(there.u) > float(here.u):
+            return Step(climb(x, here, there, noise("climb")), Estimate(x / here.alpha, noise("climb")))
+        return self.down(denoise, x, here, there, memory, noise)
+
+    def down(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
+        """A step to less noise: the wrapped sampler's."""
+        return self.sampler.step(denoise, x, here, there, memory, noise)
+
+
+def climb(x: Tensor, here: Level, there: Level, noise: Tensor) -> Tensor:
+    """A draw of x at a level of more noise given x at one of less: q(x_t | x_s) = N(r x_s, sigma_t^2 - r^2 sigma_s^2)."""
+    r = there.alpha / here.alpha
+    return r * x + max(there.sigma**2 - (r * here.sigma) ** 2, 0.0) ** 0.5 * noise
 
 
 def trajectory(

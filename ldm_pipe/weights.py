@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -20,6 +21,7 @@ C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
 LARGEST = 10**6  # of any number in a configuration: vocabularies and sizes of images lie well below it
+LONGEST_HEADER, MOST_TENSORS, LONGEST_NAME = 16 * 2**20, 20_000, 512  # of a safetensors file: far above any real one
 FLOATS = ("F64", "F32", "F16", "BF16")  # as the header of a safetensors file names them
 
 
@@ -100,6 +102,8 @@ def read(file: Path, parts: int, build: Callable[[], M], renamed: Callable[[str]
     from safetensors import safe_open
 
     where = f"{file.parent.parent.name}/{file.parent.name}"
+    with named(file.parent):
+        header(file)
     with named(file.parent), safe_open(file, framework="pt") as found:
         names = {name: renamed(name) for name in found.keys()}  # noqa: SIM118  (it is no mapping)
         if parts > len(names):
@@ -136,3 +140,59 @@ def finite(module: Any, where: str) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     """A sum is not finite where a summand is not; where only the sum overflows, every value is looked at."""
     return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+
+
+def header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that a safetensors file declares, read before anything else is done with it.
+
+    Raises ModelError where its header is longer, has more entries or longer names than any real file, names a tensor twice or
+    is not of the format.
+    """
+    inside(file)
+    where = f"{file.parent.name}/{file.name}"
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        if not 2 <= length <= min(LONGEST_HEADER, file.stat().st_size - 8):
+            raise ModelError(
+                f"{where} is damaged or no safetensors file: its header is said to be {length} bytes long"
+            )
+        text = data.read(length)
+    try:
+        pairs = json.loads(text, object_pairs_hook=_once)
+        entries = {n: tuple(e["shape"]) for n, e in pairs.items() if n != "__metadata__"}
+        sound = all(type(side) is int and side >= 0 for shape in entries.values() for side in shape)
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{where}: its header cannot be read: {str(error)[:80]}") from error
+    if not sound or len(entries) > MOST_TENSORS or any(len(n) > LONGEST_NAME for n in entries):
+        raise ModelError(f"{where}: its header names {len(entries)} tensors, or shapes or names that no model has")
+    return entries
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def held(place: Path, name: str) -> dict[str, int]:
+    """How many numbers every tensor of a part has: of the file `name`, or of the several that `name`.index.json lists.
+
+    Raises ModelError where a listed file lies elsewhere, is no safetensors file or is missing.
+    """
+    listing = place / f"{name}.index.json"
+    files = {name}
+    if listing.is_file():
+        files = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
+    for file in files:
+        if file != Path(file).name or not file.endswith(".safetensors") or not (place / file).is_file():
+            raise ModelError(f"{place.parent.name}/{place.name}: {file!r:.80} is not a safetensors file of this folder")
+    return {n: math.prod(shape) for file in sorted(files) for n, shape in header(place / file).items()}
+
+
+def inside(file: Path) -> None:
+    """Raise ModelError where a file of a model is a link that leads out of it (the store of a hub's downloads is its own)."""
+    model = file.absolute().parent.parent
+    home = model.parent.parent if model.parent.name == "snapshots" else model
+    if home.resolve() not in file.resolve().parents:
+        raise ModelError(f"{file.parent.name}/{file.name} is a link that leads out of the model's folder")

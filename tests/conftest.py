@@ -64,3 +64,51 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[prediction]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def diffusers_model() -> Callable[[str], Any]:
+    """diffusers_model("unet" | "pixart" | "uncond"): a tiny network of diffusers' own with random weights, as a Model.
+
+    Images 4x8x8; tokens [B,6,16] for the first two. PixArt also minds the mask of its tokens.
+    """
+    from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+
+    from ldm_pipe import EPS, VP, Cond, Model
+
+    class Net(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module, kind: str) -> None:
+            super().__init__()
+            self.inner, self.kind = inner, kind
+
+        def forward(self, x: torch.Tensor, time: torch.Tensor, cond: Cond) -> torch.Tensor:
+            if self.kind == "uncond":
+                return self.inner(x, time, return_dict=False)[0]
+            more: dict[str, Any] = {}
+            if self.kind == "pixart":
+                more = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "encoder_attention_mask": cond.mask}
+            tokens = cond.tokens
+            return self.inner(x, encoder_hidden_states=tokens, timestep=time, return_dict=False, **more)[0]
+
+    def make(kind: str) -> Any:
+        torch.manual_seed(0)
+        if kind == "pixart":
+            net: Any = PixArtTransformer2DModel(
+                num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8,
+                cross_attention_dim=16, caption_channels=16, norm_num_groups=4, use_additional_conditions=False,
+            )  # fmt: skip
+        elif kind == "unet":
+            net = UNet2DConditionModel(
+                sample_size=8, layers_per_block=1, block_out_channels=(8, 16), cross_attention_dim=16, attention_head_dim=2,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=4,
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            )  # fmt: skip
+        else:
+            net = UNet2DModel(
+                sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+                down_block_types=("AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+                attention_head_dim=4,
+            )  # fmt: skip
+        return Model(Net(net.eval(), kind), VP.linear(), EPS)
+
+    return make

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ldm_pipe import CFG, Between, Rescale, UsageError
-from ldm_pipe.guide import parse
+from ldm_pipe import CFG, Between, Rescale, UsageError, build
+from ldm_pipe.guide import guides, parse
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def test_a_text_is_its_rule(text: str, rule: object) -> None:
         ("cfg.scale(5)", "not of the form"),
         ("cgf(5)", "did you mean 'cfg'"),
         ("cfg(skale=5)", "did you mean 'scale'"),
+        ("clip(5) | cfg(5)", "put it last"),
         ("cfg('much')", "it takes a finite number"),
         ("cfg(1, 2, 3, 4)", "takes 3 value"),
         ("cfg(open('x'))", "not a number or a quoted text"),
@@ -45,3 +46,13 @@ def test_a_text_is_its_rule(text: str, rule: object) -> None:
 def test_a_wrong_text_is_one_sentence(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         parse(text)
+
+
+def test_guides_stand_last_and_correct_what_the_rules_make() -> None:
+    text = "cfg(5) | between(0.2, 0.9) | clip(50, text='a fox')"
+    assert parse(text) == Between(0.2, 0.9, CFG(5))
+    assert guides(text) == (build("guide", "clip", scale=50, text="a fox"),)
+    assert parse("clip") == CFG(1)
+    assert guides("cfg(5)") == ()
+    with pytest.raises(UsageError, match="--guide: guide classifier: log_prob is 2"):
+        guides("classifier(2)")

@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing tensor": (lambda f: _retensor(f / UNET, lambda t: t.pop("conv_in.weight")), "missing tensor 'conv_in.weight'"),
     "extra tensor": (lambda f: _retensor(f / UNET, lambda t: t.update(evil=torch.zeros(1))), "unexpected tensor 'evil'"),
     "wrong shape": (lambda f: _retensor(f / UNET, lambda t: t.update({"conv_in.bias": torch.zeros(3)})), "unet"),
-    "truncated": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:999]), "unet cannot be loaded"),
+    "truncated": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:999]), "damaged or no safetensors"),
     "pickle only": (lambda f: (f / UNET).rename(f / "unet/diffusion_pytorch_model.bin"), "unet cannot be loaded"),
     "no config": (lambda f: (f / "vae" / "config.json").unlink(), "vae cannot be loaded"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer cannot be loaded"),

@@ -140,8 +140,11 @@ class ClipTextModel(nn.Module):
         """Of the weights."""
         return self.final_layer_norm.weight.device
 
-    def forward(self, ids: Tensor) -> Encoded:
-        """Encode. A prompt ends at the first end token; a file that says 2, as early ones wrongly do, means the largest id."""
+    def forward(self, ids: Tensor, output_hidden_states: bool = True) -> Encoded:
+        """Encode; the states of all layers are given in any case.
+
+        A prompt ends at the first end token; a file that says 2, as early ones wrongly do, means the largest id.
+        """
         states = [self.embeddings(ids)]
         layers: Any = self.encoder["layers"]
         for layer in layers:

@@ -7,7 +7,7 @@ conditions added to the time: SDXL (Podell et al. 2023, arXiv 2307.01952, sectio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_pipe.blocks import Conv2d, Down, Linear, Resnet, Transformer, Up, attend
+from ldm_pipe.blocks import Conv2d, Down, Linear, Up, attend
+from ldm_pipe.networks.stages import DownStage, MidStage, Shape, UpStage
 
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 
@@ -142,24 +143,6 @@ class _Text(nn.Module):
         return self.norm2(self.proj(self.pool(self.norm1(tokens))))
 
 
-class _Stage(nn.Module):
-    """The blocks of one resolution: resnets from `widths` to `out` channels, each followed, where the stage is `crossed`, by
-    a transformer of (layers, heads)."""
-
-    def __init__(self, config: Config, widths: list[int], out: int, crossed: tuple[int, int] | None) -> None:
-        super().__init__()
-        c, time = config, 4 * config.block_out_channels[0]
-        scales = c.resnet_time_scale_shift == "scale_shift"
-        self.resnets = nn.ModuleList(Resnet(w, out, c.norm_num_groups, c.norm_eps, time, scales) for w in widths)
-        depth, heads = crossed or (0, 0)
-        shape = (out, c.norm_num_groups, c.use_linear_projection, depth, c.cross_attention_dim, heads)
-        self.attentions = nn.ModuleList(Transformer(*shape) for _ in (widths if crossed else ()))
-
-    def block(self, i: int, x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, tokens) if i < len(self.attentions) else x
-
-
 class UNet(nn.Module):
     """x [B,C,H,W], time [B], tokens [B,L,D] -> the network's raw output [B,C,H,W]."""
 
@@ -174,23 +157,26 @@ class UNet(nn.Module):
         self.time_embedding = _Vector(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         self.add_embedding = self._added()
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        scales = config.resnet_time_scale_shift == "scale_shift"
+        time, linear = 4 * widths[0], config.use_linear_projection
+        shape = Shape(config.norm_num_groups, config.norm_eps, time, scales, linear, config.cross_attention_dim)
         skips = [widths[0]]
         for i, kind in enumerate(config.down_block_types):
             inside = [widths[max(i - 1, 0)], *[widths[i]] * layers[i]][: layers[i]]
-            stage = _Stage(config, inside, widths[i], (depths[i], heads[i]) if kind == CROSS_DOWN else None)
+            down = DownStage(shape, inside, widths[i], (depths[i], heads[i]) if kind == CROSS_DOWN else None)
             last = i == len(widths) - 1
-            stage.downsamplers = nn.ModuleList([] if last else [Down(widths[i])])
+            down.downsamplers = nn.ModuleList([] if last else [Down(widths[i])])
             skips += [widths[i]] * (layers[i] + (not last))
-            self.down_blocks.append(stage)
-        self.mid_block = _Stage(config, [widths[-1]] * 2, widths[-1], (depths[-1], heads[-1]))
+            self.down_blocks.append(down)
+        self.mid_block = MidStage(shape, [widths[-1]] * 2, widths[-1], (depths[-1], heads[-1]))
         del self.mid_block.attentions[1]  # the second block is not followed by one
         before = widths[-1]
         for i, up_kind in zip(reversed(range(len(widths))), config.up_block_types, strict=True):
             inside = [skips.pop() + (widths[i] if j else before) for j in range(layers[i] + 1)]
-            stage = _Stage(config, inside, widths[i], (depths[i], heads[i]) if up_kind == CROSS_UP else None)
-            stage.upsamplers = nn.ModuleList([Up(widths[i])] if i else [])
+            up = UpStage(shape, inside, widths[i], (depths[i], heads[i]) if up_kind == CROSS_UP else None)
+            up.upsamplers = nn.ModuleList([Up(widths[i])] if i else [])
             before = widths[i]
-            self.up_blocks.append(stage)
+            self.up_blocks.append(up)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
@@ -207,26 +193,34 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
-        return_dict: bool = False,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        **more: Any,
     ) -> tuple[Tensor]:
-        """(output,). added_cond_kwargs: text_embeds [B,E], time_ids [B,6] (SDXL). timestep_cond: [B,time_cond_proj_dim]."""
-        tokens = encoder_hidden_states
+        """(output,). added_cond_kwargs: text_embeds [B,E], time_ids [B,6] (SDXL). timestep_cond: [B,time_cond_proj_dim].
+
+        down_block_additional_residuals, mid_block_additional_residual: join every skip and the middle (ControlNet, Zhang et
+        al. 2023, arXiv 2302.05543, section 3.2). more: down_intrablock_additional_residuals, one for each stage on the way
+        down; return_dict, which changes nothing.
+        """
+        tokens, added = encoder_hidden_states, list(more.get("down_intrablock_additional_residuals") or ())
         vector = self._vector(x, time, tokens, timestep_cond, added_cond_kwargs or {})
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
-            for i in range(len(stage.resnets)):
-                x = stage.block(i, x, vector, tokens)
-                skips.append(x)
-            for down in stage.downsamplers:
-                x = down(x)
-                skips.append(x)
-        x = self.mid_block.block(1, self.mid_block.block(0, x, vector, tokens), vector, tokens)
+            x, more = stage(x, vector, tokens, added.pop(0) if added else None)
+            skips += more
+        if down_block_additional_residuals is not None:
+            skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
+        x = self.mid_block(x, vector, tokens)
+        if added and added[0].shape == x.shape:
+            x = x + added[0]
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
         for stage in self.up_blocks:
-            for i in range(len(stage.resnets)):
-                x = stage.block(i, torch.cat([x, skips.pop()], dim=1), vector, tokens)
-            for up in stage.upsamplers:
-                x = up(x, skips[-1].shape[2:])
+            count = len(stage.resnets)
+            taken, skips = tuple(skips[-count:]), skips[:-count]
+            x = stage(x, taken, vector, tokens, skips[-1].shape[2:] if skips else None)
         return (self.conv_out(F.silu(self.conv_norm_out(x))),)
 
     def _vector(self, x: Tensor, time: Tensor, tokens: Tensor, extra: Tensor | None, added: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ldm_pipe import ModelError, load, tokens, weights
 from ldm_pipe.loading import BUILTIN
 from ldm_pipe.networks.light_clip import ClipTextModel, Config, renamed
-from ldm_pipe.text import ClipText, _clean
+from ldm_pipe.text import ClipText, clean
 
 SHAPES: dict[str, dict[str, Any]] = {
     "SD 1.5": {"hidden_act": "quick_gelu", "eos_token_id": 2},
@@ -104,7 +104,7 @@ def prompts() -> list[str]:
     glue = ["", " ", "  ", ", "]
     while len(traps) < 210:
         traps.append("".join(draw.choice(pieces) + draw.choice(glue) for _ in range(draw.randint(1, 9))))
-    return [_clean(p) for p in traps]
+    return [clean(p) for p in traps]
 
 
 def same_ids(folder: Path, window: int) -> None:

@@ -1,0 +1,75 @@
+"""Stable Diffusion 3 and 3.5: a transformer over image and text together, on rectified flow.
+
+Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al. 2024, arXiv 2403.03206, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_pipe.cond import Cond
+from ldm_pipe.parts import Made, Parts
+from ldm_pipe.text import ClipTower, MaskedTower, cut, once
+
+WINDOW = 256  # tokens of T5
+
+
+class SD3(nn.Module):
+    """An SD3Transformer2DModel; its time is u * 1000."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """x [B,C,H,W] with even sides, time [B], tokens [B,L,D], pooled [B,P] -> [B,C,H,W]."""
+        assert cond.tokens is not None
+        assert cond.pooled is not None
+        given = {"encoder_hidden_states": cond.tokens.to(x.dtype), "pooled_projections": cond.pooled.to(x.dtype)}
+        return self.transformer(hidden_states=x, timestep=time, return_dict=False, **given)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class SD3Text:
+    """Two CLIP towers side by side, filled up with zeros to `width`; behind them T5's tokens, zeros where it is left out."""
+
+    clips: tuple[ClipTower, ...]
+    t5: MaskedTower | None
+    width: int
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """tokens [B, 77 + 256, width], pooled [B, sum of the towers' widths]."""
+        distinct, rows = once(prompts)
+        states, pooled = zip(*(tower.states(distinct) for tower in self.clips), strict=True)
+        both = torch.cat(states, dim=-1)
+        both = F.pad(both, (0, self.width - both.shape[-1]))
+        if self.t5 is None:
+            long = both.new_zeros(len(both), WINDOW, self.width)
+        else:
+            long, _ = self.t5(distinct, masked=False)
+        return Cond(tokens=torch.cat([both, long], dim=1), pooled=torch.cat(pooled, dim=-1)).take(rows)
+
+    def notices(self, prompt: str) -> list[str]:
+        """One sentence for tokens that no tower sees."""
+        longest = self.t5 or self.clips[0]
+        return cut(longest.over(prompt), longest.window)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SD3Text:
+        """The same encoders elsewhere."""
+        for tower in (*self.clips, *([self.t5] if self.t5 else [])):
+            tower.to(device, dtype)
+        return self
+
+
+def assemble(parts: Parts) -> Made:
+    """The bundle of a folder with two CLIP towers and, perhaps, T5."""
+    transformer = parts.network("transformer")
+    t5 = parts.masked("_3", WINDOW) if parts.has("text_encoder_3") else None
+    text = SD3Text((parts.clip(), parts.clip("_2")), t5, transformer.config.joint_attention_dim)
+    return Made(SD3(transformer), text, parts.codec(), patch=transformer.config.patch_size)

@@ -1,0 +1,164 @@
+"""What changes a network for the duration of a run: a change stands around a module's forward, in this thread alone.
+
+A `Patch` is a frozen dataclass that names modules and says what is to happen around each; `Patched` makes a Guide of it, so
+that it composes with samplers, guidance, restoration and edits. No weight is touched. While anybody is inside `changed`, the
+modules that are named carry a forward that looks for the changes of its own thread; the last one to leave takes it off.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ldm_pipe.errors import UsageError, unknown
+from ldm_pipe.level import Level
+from ldm_pipe.model import Denoiser, Estimate, Model
+
+# (call, *what the module is given) -> what it is to return; call: the module's own forward, or the change inside this one.
+Change = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a patch may know of a run. levels: of the walk."""
+
+    levels: tuple[Level, ...]
+
+    @property
+    def steps(self) -> int:
+        """How many levels are left, each counted once."""
+        return len(self._depths)
+
+    def index(self, level: Level) -> int:
+        """The number of the step that leaves a level: how many levels of the walk hold more noise. Between two levels (the
+        midpoint of a sampler) it is that of the noisier one."""
+        u = float(level.u)
+        return max(0, sum(depth >= u for depth in self._depths) - 1)
+
+    def inside(self, level: Level, lo: float, hi: float) -> bool:
+        """Does a level lie in lo <= u < hi? hi = 1 includes u = 1."""
+        u = float(level.u)
+        return lo <= u < hi or hi == u == 1
+
+    @cached_property
+    def _depths(self) -> set[float]:
+        return {float(level.u) for level in self.levels[:-1]}
+
+
+class Patch:
+    """Base of the patches: frozen dataclasses whose `changes` is asked afresh for every run, so that they keep no state.
+
+    `neutral`: fields under which the patch changes no bit.
+    """
+
+    neutral: ClassVar[Mapping[str, Any]] = {}
+
+    def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
+        """A change for each module by name ("" is the network itself). Raises UsageError where the network lacks them."""
+        raise TypeError(f"{type(self).__name__} has no changes")
+
+    def sampler(self, inner: Any, run: Run) -> Any:
+        """The sampler of a patched run; most patches leave it as it is."""
+        return inner
+
+
+_CHANGES: ContextVar[Mapping[int, tuple[Change, ...]]] = ContextVar("_CHANGES")
+_LOCK = threading.Lock()
+_INSIDE: dict[int, int] = {}  # how many runs want a module's forward to look for changes, by the id of the module
+
+
+@contextmanager
+def changed(network: nn.Module, changes: Mapping[str, Sequence[Change]]) -> Iterator[None]:
+    """Let changes, the first one innermost, stand around modules of a network. Contexts nest, the inner one inside.
+
+    Raises UsageError on a name that is no module, saying what would be one.
+    """
+    modules = {name: network.get_submodule(name) for name in matching(network, changes)}
+    before = _CHANGES.get({})
+    added = {id(m): (*changes[n], *before.get(id(m), ())) for n, m in modules.items()}
+    token = _CHANGES.set({**before, **added})
+    try:
+        with _LOCK:
+            for module in modules.values():
+                _enter(module)
+        yield
+    finally:
+        with _LOCK:
+            for module in modules.values():
+                _leave(module)
+        _CHANGES.reset(token)
+
+
+def _enter(module: nn.Module) -> None:
+    _INSIDE[id(module)] = _INSIDE.get(id(module), 0) + 1
+    if _INSIDE[id(module)] == 1:
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = own
+            for change in _CHANGES.get({}).get(id(module), ()):
+                call = partial(change, call)
+            return call(*args, **kwargs)
+
+        forward.own = module.__dict__.get("forward")  # type: ignore[attr-defined]
+        module.__dict__["forward"] = forward
+
+
+def _leave(module: nn.Module) -> None:
+    _INSIDE[id(module)] -= 1
+    if _INSIDE[id(module)] == 0:
+        del _INSIDE[id(module)]
+        own = module.__dict__.pop("forward").own
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+def matching(network: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names, each that of a module. Raises UsageError on another, which lists the modules at that place."""
+    known = dict(network.named_modules())
+    for name in names:
+        if name not in known:
+            stem = name
+            while stem not in known:
+                stem = stem.rpartition(".")[0]
+            here = [n for n in known if n.rpartition(".")[0] == stem and n] or list(known)
+            raise UsageError(unknown(f"layer of {type(network).__name__}", name, here))
+    return list(names)
+
+
+def root(model: Model) -> nn.Module:
+    """The network of a model as patches name its modules. Raises UsageError where it has none."""
+    network: Any = getattr(model.network, "unet", model.network)
+    if not isinstance(network, nn.Module):
+        raise UsageError("this model's network is a function; a patch needs modules")
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class Patched:
+    """A Guide: every evaluation of the denoiser runs with the patches in the model's network, the first one innermost. Their
+    state starts afresh with every denoiser that it makes."""
+
+    model: Model
+    patches: tuple[Patch, ...]
+    run: Run
+
+    def __call__(self, denoise: Denoiser) -> Denoiser:
+        """The denoiser with the patches in place."""
+        network, changes = root(self.model), dict[str, list[Change]]()
+        for patch in self.patches:
+            for name, change in patch.changes(network, self.run).items():
+                changes.setdefault(name, []).append(change)
+
+        def patched(x: Tensor, level: Level) -> Estimate:
+            with changed(network, changes):
+                return denoise(x, level)
+
+        return patched

@@ -1,0 +1,1 @@
+"""Faster by computing less: patches of the network, one method a file."""

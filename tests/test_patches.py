@@ -1,0 +1,244 @@
+"""The laws of every registered patch: neutral to the bit, gone without a trace, blind to other runs and to other images."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe import CFG, Pipeline, UsageError, registry
+from ldm_pipe.level import Level
+from ldm_pipe.networks.unet import UNet
+from ldm_pipe.patch import Patch, Patched, Run, changed, root
+from ldm_pipe.patches import Patches, patched
+
+Tiny = Callable[[str], Path]
+FOX, BEES = "a fox on a blue background", "two bees on red"
+NAMES = sorted(registry.KINDS["patch"])
+EXACT = {"text_cache"}  # patches that change no bit whatever their settings
+ACTIVE: dict[str, dict[str, Any]] = {"faster": {"keys": "0 2"}}  # what changes the image in a short walk, if not the defaults
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def light(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(str(folder), "cpu", "fp32")
+
+
+def foreign(folder: Path) -> Pipeline:
+    """The same weights in the network of diffusers."""
+    from diffusers import UNet2DConditionModel
+
+    pipe = light(folder)
+    pipe.bundle.model.network = UNet(UNet2DConditionModel.from_pretrained(folder / "unet").eval())
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny: Tiny) -> Pipeline:
+    return light(tiny("eps"))
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny: Tiny) -> Pipeline:
+    return foreign(tiny("eps"))
+
+
+def controlnet(pipe: Pipeline) -> dict[str, Any]:
+    """A random ControlNet of the tiny network's shape, and a picture."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(3)
+    config = {"cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1}
+    down = ("CrossAttnDownBlock2D", "DownBlock2D")
+    net = ControlNetModel(
+        block_out_channels=(8, 16), down_block_types=down, conditioning_embedding_out_channels=(4, 4, 4), **config
+    )
+    for weight in net.parameters():
+        nn.init.normal_(weight, 0.02, 0.2)
+    return {"network": net.eval().requires_grad_(False), "hint": torch.rand(1, 3, 32, 32)}
+
+
+def adapter(pipe: Pipeline) -> dict[str, Any]:
+    """Features of the sizes of the tiny network's stages."""
+    generator = torch.Generator().manual_seed(4)
+    return {"features": tuple(torch.randn(1, c, s, s, generator=generator) for c, s in ((8, 8), (16, 4)))}
+
+
+NEEDS: dict[str, Callable[[Pipeline], dict[str, Any]]] = {"controlnet": controlnet, "t2i_adapter": adapter}
+
+
+def made(name: str, pipe: Pipeline, neutral: bool = False) -> Patch:
+    """A patch by its registered name, one that acts or one that does nothing."""
+    module, _, cls = registry.target("patch", name).partition(":")
+    neutral_fields = getattr(importlib.import_module(module), cls).neutral
+    given = NEEDS[name](pipe) if name in NEEDS else {}
+    return registry.build("patch", name, **given, **(neutral_fields if neutral else ACTIVE.get(name, {})))
+
+
+def draw(pipe: Pipeline, patches: Sequence[Patch], prompts: Sequence[str] = (FOX, BEES), **given: Any) -> Tensor:
+    """Latents of prompts with seeds 7, 8."""
+    settings = {"seeds": tuple(range(7, 7 + len(prompts))), "steps": 5, "sampler": "ddim", **given}
+    whole = patched(pipe, pipe.plan(prompts, CFG(3), **settings), patches)
+    return torch.cat([out.latents for out in pipe.run(whole)])
+
+
+@pytest.fixture(scope="module")
+def plain(pipe: Pipeline) -> Tensor:
+    return draw(pipe, [])
+
+
+def traces(network: nn.Module) -> list[Any]:
+    """All that a module holds: its weights, to the bit, and everything that could have been hung onto it."""
+    found: list[Any] = [t.clone() for t in network.state_dict().values()]
+    for name, module in network.named_modules():
+        found.append((name, {k: id(v) for k, v in vars(module).items() if not k.startswith("_")}, *map(len, _hooks(module))))
+    return found
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._modules, module._parameters]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(torch.equal(p, q) if isinstance(p, Tensor) else p == q for p, q in zip(a, b, strict=True))
+
+
+@every
+def test_the_neutral_setting_changes_no_bit(name: str, pipe: Pipeline, plain: Tensor) -> None:
+    assert torch.equal(draw(pipe, [made(name, pipe, neutral=True)]), plain)
+
+
+@every
+def test_it_does_something(name: str, pipe: Pipeline, plain: Tensor) -> None:
+    assert torch.equal(draw(pipe, [made(name, pipe)]), plain) == (name in EXACT)
+
+
+@every
+def test_it_leaves_nothing_behind(name: str, pipe: Pipeline, plain: Tensor) -> None:
+    """After a run, an exception in the middle of one, and one that is given up after a step."""
+    patch, network = made(name, pipe), root(pipe.bundle.model)
+    before = traces(network)
+    first = draw(pipe, [patch])
+    assert same(traces(network), before)
+    whole = patched(pipe, pipe.plan([FOX], CFG(3), seed=7, steps=5), [patch])
+
+    def failing(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call(*args, **kwargs)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), changed(network, {"conv_out": [failing]}):
+        next(pipe.run(whole))
+    assert same(traces(network), before)
+    for _ in zip(range(1), pipe._walk(whole, Counter()), strict=False):
+        assert same(traces(network), before)
+    assert torch.equal(draw(pipe, []), plain)
+    assert torch.equal(draw(pipe, [patch]), first), "the second run sees the first one's state"
+
+
+@every
+def test_runs_do_not_see_each_other(name: str, pipe: Pipeline, plain: Tensor) -> None:
+    """A plain one and two patched ones, in threads at once."""
+    patch, found = made(name, pipe), dict[str, Tensor]()
+    alone = draw(pipe, [patch])
+
+    def run(key: str, patches: list[Patch]) -> None:
+        found[key] = draw(pipe, patches)
+
+    threads = [threading.Thread(target=run, args=a) for a in (("plain", []), ("one", [patch]), ("two", [patch]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found["plain"], plain)
+    assert torch.equal(found["one"], alone)
+    assert torch.equal(found["two"], alone)
+
+
+@every
+def test_two_images_at_once_are_two_runs_of_one(name: str, pipe: Pipeline) -> None:
+    patch = made(name, pipe)
+    both = draw(pipe, [patch])
+    for k, prompt in enumerate((FOX, BEES)):
+        torch.testing.assert_close(draw(pipe, [patch], [prompt], seeds=(7 + k,))[0], both[k], rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_the_light_network_and_diffusers_agree(name: str, pipe: Pipeline, theirs: Pipeline) -> None:
+    patch = made(name, pipe)
+    torch.testing.assert_close(draw(theirs, [patch]), draw(pipe, [patch]), rtol=1e-3, atol=1e-3)
+
+
+@every
+@pytest.mark.parametrize("sampler", ["heun", "dpm2m", "euler_ancestral"])
+def test_it_goes_with_samplers_and_guidance(name: str, sampler: str, pipe: Pipeline) -> None:
+    """Finite, as many evaluations as without it, and guidance on some of the steps alone."""
+    settings: dict[str, Any] = {"seed": 7, "steps": 4, "sampler": sampler, "guide": "cfg(3) | between(0.1, 0.8)"}
+    whole = pipe.plan([FOX], None, **settings)
+    with_it, without = (list(pipe.run(p))[0] for p in (patched(pipe, whole, [made(name, pipe)]), whole))
+    assert with_it.evaluations == without.evaluations
+    assert bool(torch.isfinite(with_it.latents).all())
+
+
+@every
+def test_a_network_without_its_layers_is_refused(name: str, pipe: Pipeline) -> None:
+    model = replace(pipe.bundle).model
+    levels = (Level(0.1, 0.9), Level(1.0, 0.0))
+    with pytest.raises(UsageError, match="Linear"):
+        made(name, pipe).changes(nn.Linear(1, 1), Run(levels))
+    assert Patched(model, (made(name, pipe),), Run(levels))(lambda x, level: None) is not None  # type: ignore[arg-type, return-value]
+
+
+def test_a_name_that_is_no_layer_lists_those_at_its_place(pipe: Pipeline) -> None:
+    network = root(pipe.bundle.model)
+    with pytest.raises(UsageError, match=r"'down_blocks.7' is not a layer of UNet; .*down_blocks.0, down_blocks.1$"):
+        with changed(network, {"down_blocks.7": []}):
+            pass
+    with pytest.raises(UsageError, match="did you mean 'conv_in'"), changed(network, {"conv_inn": []}):
+        pass
+
+
+def test_changes_nest_the_first_one_inside(pipe: Pipeline) -> None:
+    """And one that is hung up inside another `with` stands inside that."""
+    network, said = root(pipe.bundle.model), list[str]()
+
+    def saying(word: str) -> Callable[..., Any]:
+        def change(call: Callable[..., Any], *args: Any) -> Any:
+            said.append(word)
+            return call(*args)
+
+        return change
+
+    with changed(network, {"conv_in": [saying("b"), saying("a")]}), changed(network, {"conv_in": [saying("c")]}):
+        network.conv_in(torch.zeros(1, 4, 8, 8))
+    assert said == ["a", "b", "c"]
+    network.conv_in(torch.zeros(1, 4, 8, 8))
+    assert said == ["a", "b", "c"]
+
+
+def test_a_step_is_the_number_of_noisier_levels() -> None:
+    walk = (Level(0.0, 1.0), Level(0.5, 0.5), Level(0.75, 0.25), Level(0.5, 0.5), Level(0.75, 0.25), Level(1.0, 0.0))
+    run = Run(walk)
+    assert run.steps == 3
+    assert [run.index(level) for level in walk[:-1]] == [0, 1, 2, 1, 2]
+    assert run.index(Level(0.6, 0.4)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("deepcash(2)", "did you mean 'deepcache'"), ("deepcache(2, 0, 1)", "takes 2 value"), ("deepcache(", "of the form"),
+        ("tome(rat=0.5)", "did you mean 'ratio'"), ("deepcache(0)", "an interval from 1"), ("tome(0.9)", "from 0 to 0.75"),
+        ("faster(often)", "step numbers"), ("deepcache(x)", "a whole number"), ("deepcache(2, branch=9)", "has 1 layer"),
+    ],
+)  # fmt: skip
+def test_a_wrong_patch_is_one_sentence(text: str, words: str, pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match=words):
+        Patches((text,)).applied(pipe, pipe.plan([FOX], seed=7))
