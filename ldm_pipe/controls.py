@@ -70,7 +70,7 @@ class Controls:
         if not self.folders:
             return whole
         from ldm_pipe.image import digest
-        from ldm_pipe.patches import patched
+        from ldm_pipe.plan import patched
 
         patches, rows, sources = [], [], dict(whole.recorded.get("sources", {}))
         for k, (folder, scale, picture) in enumerate(zip(self.folders, self.scales, pictures, strict=True)):
@@ -81,7 +81,7 @@ class Controls:
         for k, (row, was) in enumerate(zip(rows, self.recorded, strict=False)):
             if row["sha256"] != was.get("sha256"):
                 raise UsageError(f"--control {self.folders[k]!r} is not the network that the image was made with")
-        return replace(patched(pipe, whole, patches), recorded={**whole.recorded, "sources": sources, "controls": tuple(rows)})
+        return replace(patched(whole, pipe.bundle.model, patches), recorded={**whole.recorded, "sources": sources, "controls": tuple(rows)})
 
     def _patch(self, pipe: Pipeline, whole: Plan, network: Any, picture: Image, scale: float) -> Patch:
         from ldm_pipe.control.controlnet import ControlNet

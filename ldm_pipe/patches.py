@@ -11,7 +11,6 @@ from ldm_pipe.errors import UsageError, unknown
 from ldm_pipe.restore.text import call
 
 if TYPE_CHECKING:
-    from ldm_pipe.patch import Patch
     from ldm_pipe.pipeline import Pipeline
     from ldm_pipe.plan import Plan
 
@@ -49,21 +48,9 @@ class Patches:
         """The plan whose every evaluation runs under the patches. Raises UsageError where the network does not suit them."""
         if not self.texts:
             return whole
+        from ldm_pipe.plan import patched
+
         named = [call(text, "patch") for text in self.texts]
         found = [registry.build("patch", name, **fields) for name, fields in named]
         recorded = {**whole.recorded, "patches": self.texts, "speed": self.speed}
-        return replace(patched(pipe, whole, found), recorded=recorded)
-
-
-def patched(pipe: Pipeline, whole: Plan, patches: Sequence[Patch]) -> Plan:
-    """The plan under patches made in Python. They stand around the network, within every guide."""
-    from ldm_pipe.patch import Patched, Run, root
-
-    run = Run(tuple(whole.levels))
-    for patch in patches:
-        patch.changes(root(pipe.bundle.model), run)  # what does not suit the network is said before the run
-    sampler = whole.sampler
-    for patch in patches:
-        sampler = patch.sampler(sampler, run)
-    guides = (Patched(pipe.bundle.model, tuple(patches), run), *whole.guides)
-    return replace(whole, sampler=sampler, guides=guides)
+        return replace(patched(whole, pipe.bundle.model, found), recorded=recorded)

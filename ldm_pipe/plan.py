@@ -23,6 +23,7 @@ from ldm_pipe.model import CondAt, Denoiser, Model, Rule
 from ldm_pipe.noise import Recorded, seeds_of
 from ldm_pipe.prepare import prepared, texts
 from ldm_pipe.settings import Settings, check_sides
+from ldm_pipe.patch import Patch, Patched, Run, root
 from ldm_pipe.walk import Sampler
 
 Row = tuple[str, int]
@@ -172,3 +173,13 @@ def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:
     if len(first) != len(prompts):
         raise UsageError(f"seeds holds {len(first)} for {len(prompts)} prompt(s); it takes one for each")
     return tuple((p, s) for p, f in zip(prompts, first, strict=True) for s in seeds_of(f, given.num_images))
+
+
+def patched(whole: Plan, model: Model, patches: Sequence[Patch]) -> Plan:
+    """The plan with patches in the model's network, the first one innermost, within every guide. Raises UsageError where the
+    network does not suit one."""
+    run, sampler = Run(whole.levels), whole.sampler
+    for patch in patches:
+        patch.changes(root(model), run)  # said before the run
+        sampler = patch.sampler(sampler, run)
+    return replace(whole, sampler=sampler, guides=(Patched(model, tuple(patches), run), *whole.guides))

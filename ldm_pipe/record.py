@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from ldm_pipe import files
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
-from ldm_pipe.model import Estimate, Rule, fresh
+from ldm_pipe.model import Estimate, Rule
 from ldm_pipe.plan import Plan
 from ldm_pipe.walk import Step
 
@@ -37,10 +37,6 @@ class Watched:
     rule: Rule
     seen: list[tuple[int, Tensor]] = field(default_factory=list, compare=False)
 
-    def fresh(self) -> Watched:
-        """The same notes around the rule without the state of earlier runs."""
-        return Watched(fresh(self.rule), self.seen)
-
     def needs(self, level: Level) -> tuple[str, ...]:
         """The rule's."""
         return self.rule.needs(level)
@@ -49,7 +45,9 @@ class Watched:
         """The rule's."""
         made = self.rule(estimates, x, level)
         plain = estimates.get("cond", made)
-        self.seen.append((len(x) * len(estimates), _size(made.x0 - plain.x0)))
+        # A branch that was asked for some images only holds NaN for the others.
+        asked = sum(int(e.x0.flatten(1).isfinite().all(1).sum()) for e in estimates.values())
+        self.seen.append((asked, _size(made.x0 - plain.x0)))
         return made
 
 
@@ -76,6 +74,8 @@ class Recorder:
     def note(self, step: Step) -> None:
         """One step is done."""
         if step.number == 0:
+            if self.batches and len(self.batches[-1]) < len(self.plan.levels) - 1:
+                self.batches.pop()  # memory ran out in it, and it is run again in parts
             self.batches.append([])
         x0 = step.estimate.x0.detach().float().cpu()
         before = self.batches[-1][-1]["full"] if self.batches[-1] else x0
@@ -136,6 +136,3 @@ def _smaller(x0: Tensor, size: int) -> Tensor:
         return x0
     part = size / max(height, width)
     return F.interpolate(x0, (max(1, round(height * part)), max(1, round(width * part))), mode="area")
-
-
-Note = Callable[[Step], None]

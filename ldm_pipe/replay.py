@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ldm_pipe.pipeline import Output, Pipeline
     from ldm_pipe.plan import Plan
 
+NONE = Controls()
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "pillow")
 SHARED = [f.name for f in dataclasses.fields(Recipe)]
 
@@ -72,9 +73,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return given | {"seeds": (recipe.seed,) * recipe.batch, "batch_size": recipe.batch}
 
 
-def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Image] | None = None) -> Output:
+def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Any] | None = None, controls: Controls = NONE) -> Output:
     """Run a recipe. The image is computed in a batch of the recorded size, at its place in it. pictures: what it started from,
-    as "init_image", "mask", "input". Raises UsageError where those are not the ones it was made from."""
+    as "init_image", "mask", "input", and as "controls" those of `controls` in order. Raises UsageError where those are not the ones it was made from."""
     given = dict(pictures or {})
     for name in ("init_image", "mask", "input"):
         if (name in recipe.sources) != (name in given):

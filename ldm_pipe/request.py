@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm_pipe import guide, level_file, registry, strict
+from ldm_pipe import guide, inputs, level_file, registry, strict
 from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import ModelError, UsageError, unknown
@@ -23,7 +22,6 @@ SETTINGS = (
     "negative_prompt", "seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width",
     "batch_size", "strength",
 )  # fmt: skip
-MOST_TEXT = 64_000_000
 WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype")
 WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", "control", "control_image", *WITH_SHOW[1:])
 
@@ -78,7 +76,7 @@ class Request:
         """From the flags that were given; `config` names a TOML file whose values they win over."""
         flags = dict(flags)
         path = flags.pop("config", None)
-        below = _config(path) if path is not None else {}
+        below = inputs.config(path) if path is not None else {}
         request = strict.build(cls, below, f"--config {path!r}")
         hints = get_type_hints(cls)
         request = replace(request, **{n: strict.coerce(v, hints[n], f"--{n.replace('_', '-')}") for n, v in flags.items()})
@@ -102,7 +100,7 @@ class Request:
             return (edit.source, edit.target), None
         given = [sys.stdin.read().strip() if p == "-" else p for p in self.prompt]
         rows: list[tuple[str, int | None]] = [(p, None) for p in given]
-        rows += _rows(self.prompts) if self.prompts is not None else []
+        rows += inputs.rows(self.prompts) if self.prompts is not None else []
         if self.prompts is not None and len(rows) == len(given):
             raise UsageError(f"--prompts {self.prompts!r} holds no prompt")
         if not rows and self.restore is not None:
@@ -142,7 +140,6 @@ class Request:
             if found[kind] is not None:
                 _check_fields(kind, found[kind], found[f"{kind}_set"])
         return found
-
 
     def fields(self, wanted: str) -> dict[str, str]:
         """The fields of one kind of method that --set gives. Raises UsageError on what is not of the form."""
@@ -187,7 +184,7 @@ class Request:
         if self.edit is not None or self.init_image is None or (self.outpaint is None and self.mask is None):
             return None
         if self.restore is not None:
-            raise UsageError("--restore and --mask exclude each other; --restore \"mask(FILE)\" keeps what is white")
+            raise UsageError('--restore and --mask exclude each other; --restore "mask(FILE)" keeps what is white')
         fields = self.fields("restore")
         if self.outpaint is None and self.method in (None, PLAIN) and not fields:
             return None if self.method is None else Inpainting()
@@ -219,55 +216,3 @@ def _check_fields(kind: str, name: str, given: Mapping[str, Any]) -> None:
             raise UsageError(f"--set {kind}.{field}: {kind} {name} has no fields")
         if field not in fields:
             raise UsageError("--set " + unknown(f"field of {kind} {name}", field, fields))
-
-
-def _read(path: str, flag: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_TEXT + 1)
-        if len(data) > MOST_TEXT:
-            raise UsageError(f"{flag} {path!r} is larger than {MOST_TEXT // 10**6} MB")
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{flag} {path!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{flag} {path!r} is not UTF-8 text (byte {error.start})") from error
-    except ValueError as error:  # NUL or half a character
-        raise UsageError(f"{flag} {path!r} is not the name of a file") from error
-
-
-def _config(path: str) -> dict[str, Any]:
-    try:
-        found = tomllib.loads(_read(path, "--config"))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"--config {path!r} is not TOML: {error}") from error
-    names = [k.replace("-", "_") for k in found]
-    twice = [n for n in names if names.count(n) > 1]
-    if twice:
-        raise UsageError(f"--config {path!r}: {twice[0]} stands twice, with - and with _")
-    found = dict(zip(names, found.values(), strict=True))
-    if isinstance(found.get("prompt"), str):
-        found["prompt"] = [found["prompt"]]
-    return found
-
-
-def _rows(path: str) -> list[tuple[str, int | None]]:
-    """One prompt a line, or a .jsonl file of {"prompt": ..., "seed": ...}; empty lines are skipped."""
-    lines = [(k, line) for k, line in enumerate(_read(path, "--prompts").splitlines(), 1) if line.strip()]
-    if not path.endswith(".jsonl"):
-        return [(line.strip(), None) for _, line in lines]
-    return [_row(f"{path}:{k}", line) for k, line in lines]
-
-
-def _row(where: str, line: str) -> tuple[str, int | None]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--prompts {where}: not JSON") from error
-    for key in row if isinstance(row, dict) else ():
-        if key not in ("prompt", "seed"):
-            raise UsageError(f"--prompts {where}: " + unknown("key", key, ("prompt", "seed")))
-    if not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
-        raise UsageError(f'--prompts {where}: a line is {{"prompt": text, "seed": whole number}}, the seed may be left out')
-    seed = row.get("seed")
-    return row["prompt"], None if seed is None else strict.coerce(seed, int, f"--prompts {where}: seed")

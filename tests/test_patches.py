@@ -18,7 +18,8 @@ from ldm_pipe import CFG, Pipeline, UsageError, registry
 from ldm_pipe.level import Level
 from ldm_pipe.networks.unet import UNet
 from ldm_pipe.patch import Patch, Patched, Run, changed, root
-from ldm_pipe.patches import Patches, patched
+from ldm_pipe.patches import Patches
+from ldm_pipe.plan import patched
 
 Tiny = Callable[[str], Path]
 FOX, BEES = "a fox on a blue background", "two bees on red"
@@ -86,7 +87,7 @@ def made(name: str, pipe: Pipeline, neutral: bool = False) -> Patch:
 def draw(pipe: Pipeline, patches: Sequence[Patch], prompts: Sequence[str] = (FOX, BEES), **given: Any) -> Tensor:
     """Latents of prompts with seeds 7, 8."""
     settings = {"seeds": tuple(range(7, 7 + len(prompts))), "steps": 5, "sampler": "ddim", **given}
-    whole = patched(pipe, pipe.plan(prompts, CFG(3), **settings), patches)
+    whole = patched(pipe.plan(prompts, CFG(3), **settings), pipe.bundle.model, patches)
     return torch.cat([out.latents for out in pipe.run(whole)])
 
 
@@ -128,7 +129,7 @@ def test_it_leaves_nothing_behind(name: str, pipe: Pipeline, plain: Tensor) -> N
     before = traces(network)
     first = draw(pipe, [patch])
     assert same(traces(network), before)
-    whole = patched(pipe, pipe.plan([FOX], CFG(3), seed=7, steps=5), [patch])
+    whole = patched(pipe.plan([FOX], CFG(3), seed=7, steps=5), pipe.bundle.model, [patch])
 
     def failing(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call(*args, **kwargs)
@@ -182,7 +183,7 @@ def test_it_goes_with_samplers_and_guidance(name: str, sampler: str, pipe: Pipel
     """Finite, as many evaluations as without it, and guidance on some of the steps alone."""
     settings: dict[str, Any] = {"seed": 7, "steps": 4, "sampler": sampler, "guide": "cfg(3) | between(0.1, 0.8)"}
     whole = pipe.plan([FOX], None, **settings)
-    with_it, without = (list(pipe.run(p))[0] for p in (patched(pipe, whole, [made(name, pipe)]), whole))
+    with_it, without = (list(pipe.run(p))[0] for p in (patched(whole, pipe.bundle.model, [made(name, pipe)]), whole))
     assert with_it.evaluations == without.evaluations
     assert bool(torch.isfinite(with_it.latents).all())
 

@@ -90,8 +90,8 @@ class ScoreSDE(Sampler):
             return mean + (b if self.sde == "vp" else b * low**2 / high**2) ** 0.5 * z
         if self.predictor == "euler_maruyama" and self.sde != "ve":
             span = -2 * math.log(r)  # the integral of beta
-            g = span * (1 - here.alpha**4 if self.sde == "sub_vp" else 1.0)
-            return x - span / 2 * x + g * score + g**0.5 * z
+            g = span * (1 - here.alpha**2 if self.sde == "sub_vp" else 1.0)
+            return x + span / 2 * x + g * score + g**0.5 * z
         return (2 - r) * x + b * score + b**0.5 * z
 
     def _correct(self, x: Tensor, score: Tensor, rate: float, z: Tensor) -> Tensor:
