@@ -43,7 +43,9 @@ def behind(
     tokens = conds["cond"].tokens
     assert tokens is not None
     if inserts == "masked":
-        return {n: replace(c, channels=_masked(codec, source, size, tokens).expand(c.rows, -1, -1, -1)) for n, c in conds.items()}
+        return {
+            n: replace(c, channels=_masked(codec, source, size, tokens).expand(c.rows, -1, -1, -1)) for n, c in conds.items()
+        }
     if source is None:
         raise UsageError("this model edits pictures and is given none; --init-image FILE gives it one")
     picture = codec.raw(codec.encode(source.pixels(tokens.device))).expand(conds["cond"].rows, -1, -1, -1)

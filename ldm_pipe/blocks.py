@@ -98,6 +98,7 @@ class Attention(nn.Module):
     """x [B,L,C] attends to y [B,M,D], or to itself -> [B,L,C]. A rule of `ldm_pipe.attention` may change it."""
 
     takes_rules = True
+    attend = staticmethod(F.scaled_dot_product_attention)  # `ldm_pipe.backends` puts another in its place
 
     def __init__(self, width: int, other: int, heads: int) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         """The attended values, projected."""
         source = x if y is None else y
         q, k = (split(t, self.heads) for t in (self.to_q(x), self.to_k(source)))
-        out = ruled(self, y is not None, (q, k, self.values(source)), F.scaled_dot_product_attention, self.values)
+        out = ruled(self, y is not None, (q, k, self.values(source)), self.attend, self.values)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def values(self, y: Tensor) -> Tensor:

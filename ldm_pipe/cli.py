@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ldm_pipe import __version__, commands
@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "several times (--set control.lo=0.3: while the noise u is above; control.guess=true)")
     add("--control-image", action="append", metavar="FILE", help="with --control: the picture that it reads, one for each")
     add("--control-scale", action="append", metavar="X", help="with --control: how strongly it acts, one for each (default: 1)")
+    add("--attention-maps", metavar="DIR", help="also write where each image looks at each word, one sheet an image")
     add("--patch", action="append", metavar="PATCH", help='what changes the network for the run, such as "deepcache(2)"; may be '
         "given several times (--list patches)")
     add("--speed", metavar="NAME", help=f"patches by name: {', '.join(SPEED)} (exact changes no bit)")
@@ -87,12 +88,24 @@ def parser() -> argparse.ArgumentParser:
     add("--input", metavar="FILE", help="with --restore: the degraded picture; with --edit: the picture to edit")
     add("--method", metavar="NAME", help="of --restore (default: dps) and --mask (default: keep): see --list restorations (--set restore.scale=1); of "
         "--edit: see --list editings (default: prompt_to_prompt)")
+    _of_the_run(add)
+    return p
+
+
+def _of_the_run(add: Callable[..., Any]) -> None:
+    """Where and how it is computed, what is written beside the images, and the doors that only answer."""
     add("--batch-size", metavar="N", help="images computed together (default: 16)")
     add("--dtype", help="auto (default), fp32, bf16 or fp16")
+    add("--attention", metavar="NAME", help="auto (default), sdpa, math, xformers, or fast (bf16 on a CPU)")
     add("--device", help="auto (default), cpu, cuda or cuda:N")
     add("--config", metavar="FILE", help="a TOML file whose keys are these flags; flags win")
     add("--grid", action="store_true", help="also write all images as one contact sheet")
     add("--force", action="store_true", help="overwrite existing files")
+    add("--record", metavar="FILE", help="write levels, estimates, guidance and evaluations of every step as .safetensors")
+    add("--preview", metavar="FILE", help="show the estimate after every step, in a picture file or in the terminal (terminal)")
+    add("--sweep", nargs="+", metavar="K=V,V", help="all combinations from the same noise as one labelled sheet and a JSON file, "
+        "such as sampler=ddim,euler steps=10,20 sampler.eta=0,1")
+    add("--doctor", action="store_true", help="compare dtypes and attention backends on this machine, and exit")
     add("--list", nargs="?", const="all", metavar="KIND", help=f"show {', '.join(commands.PLURALS)} or words, and exit")
     add("--show", metavar="IMAGE", help="print what an image was made with, and exit (--json: everything)")
     add("--replay", metavar="IMAGE", help="make an image again, from the recipe in it alone")
@@ -101,7 +114,6 @@ def parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="print nothing but errors and paths")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"ldm_pipe {__version__}")
-    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:

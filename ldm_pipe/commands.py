@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import recipe, registry
+from ldm_pipe import compare, recipe, registry
 from ldm_pipe.errors import ModelError, UsageError, unknown
 from ldm_pipe.output import Target
 from ldm_pipe.request import Request
-from ldm_pipe.settings import Settings
+from ldm_pipe.settings import ATTENTIONS, Settings
+from ldm_pipe.watch import Watch
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import Output, Pipeline
@@ -30,6 +31,8 @@ def run(request: Request) -> int:
     """Do what is asked; the exit code."""
     if request.list is not None:
         return _list(request.list)
+    if request.doctor:
+        return compare.examine(request)
     if request.show is not None:
         found = recipe.read(request.show)
         print(json.dumps(dataclasses.asdict(found), indent=1) if request.json else found.summary())
@@ -73,7 +76,8 @@ def _builtin() -> dict[str, Any]:
 def _generate(request: Request) -> int:
     prompts, seeds = request.texts()
     settings = request.settings(seeds)
-    target = Target.of(request.output, len(prompts) * request.num_images + request.grid, request.force)
+    count = 1 if request.sweep else len(prompts) * request.num_images + request.grid
+    target = Target.of(request.output, count, request.force)
     recipe.check_fits(prompts, request.negative_prompt, target.format)
     started = time.perf_counter()
     if request.edit is not None:
@@ -86,17 +90,22 @@ def _generate(request: Request) -> int:
 
     say = Notes(request.quiet)
     say(pick_dtype(request.dtype, pick_device(request.device))[1])
-    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype)
+    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention)
     for prompt in (*prompts, request.negative_prompt):
         say(*pipe.bundle.text.notices(prompt))
     hints = sources.pop("controls")
-    whole = request.controls().applied(pipe, _plan(request, pipe, prompts, settings, sources), hints)
-    whole = request.patches().applied(pipe, whole)
-    bar = _progress(whole) if sys.stderr.isatty() and not request.quiet else None
+
+    def planned(settings: dict[str, Any]) -> Plan:
+        whole = request.controls().applied(pipe, _plan(request, pipe, prompts, settings, dict(sources)), hints)
+        return request.patches().applied(pipe, whole)
+
+    if request.sweep:
+        return compare.sweeps(request, pipe, settings, planned, target, lambda out: _values(out, pipe, 0, 0))
+    watch = Watch.of(request.looking(), pipe, planned(settings), sys.stderr.isatty() and not request.quiet)
     done: list[Output] = []
     paths: list[Path] = []
     try:
-        for out in pipe.run(whole, bar):
+        for out in pipe.run(watch.plan, watch.on_step):
             say(*out.notices)
             paths += _write(out, pipe, target, len(paths))
             done.append(out)
@@ -112,6 +121,9 @@ def _generate(request: Request) -> int:
         paths.append(target.write(sheet, _values(done[0], pipe, 0, 0) | one, "-grid"))
         if not request.json:
             print(paths[-1])
+    kept = watch.finish()
+    if kept and not request.json:
+        print(*kept, sep="\n")
     if request.json:
         print(json.dumps(_report(done, paths)))
     if not request.quiet:
@@ -202,7 +214,8 @@ def _replay(request: Request, path: str) -> int:
     from ldm_pipe.pipeline import Pipeline
 
     dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
-    pipe = Pipeline.from_pretrained(request.model, request.device, dtype)
+    attention = found.attention if request.attention == "auto" and found.attention in ATTENTIONS else request.attention
+    pipe = Pipeline.from_pretrained(request.model, request.device, dtype, attention)
     out = replay.again(found, pipe, _sources(request), request.controls())
     if not request.verify:
         print(*_write(out, pipe, target), sep="\n")
@@ -225,19 +238,3 @@ def _plan(
     if inpainting is not None:
         return inpainting.plan(pipe, prompts, sources["init_image"], sources.get("mask"), **settings)
     return pipe.plan(prompts, None, **sources, **settings)
-
-
-def _progress(whole: Plan) -> Callable[[Step], None]:
-    """A bar on the terminal over all steps of all batches."""
-    batches = -(-len(whole.rows) // whole.given.batch_size)
-    total, done = batches * (len(whole.levels) - 1), 0
-
-    def show(step: Step) -> None:
-        nonlocal done
-        done += 1
-        filled = min(30, 30 * done // total)
-        print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
-        if done == total:
-            print(file=sys.stderr)
-
-    return show

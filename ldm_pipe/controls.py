@@ -81,7 +81,9 @@ class Controls:
         for k, (row, was) in enumerate(zip(rows, self.recorded, strict=False)):
             if row["sha256"] != was.get("sha256"):
                 raise UsageError(f"--control {self.folders[k]!r} is not the network that the image was made with")
-        return replace(patched(whole, pipe.bundle.model, patches), recorded={**whole.recorded, "sources": sources, "controls": tuple(rows)})
+        return replace(
+            patched(whole, pipe.bundle.model, patches), recorded={**whole.recorded, "sources": sources, "controls": tuple(rows)}
+        )
 
     def _patch(self, pipe: Pipeline, whole: Plan, network: Any, picture: Image, scale: float) -> Patch:
         from ldm_pipe.control.controlnet import ControlNet
@@ -107,7 +109,9 @@ def _load(folder: Path) -> tuple[Any, str]:
     from ldm_pipe import files, parts, weights
 
     if not (str(folder) and folder.is_dir()):
-        raise ModelError(f"--control {str(folder)!r:.120} is not a folder; give one in diffusers' layout, such as a ControlNet's")
+        raise ModelError(
+            f"--control {str(folder)!r:.120} is not a folder; give one in diffusers' layout, such as a ControlNet's"
+        )
     config = parts.read_json(folder / "config.json")
     weights.plausible(config, f"{folder.name}/config.json")
     name = config.get("_class_name")

@@ -116,6 +116,7 @@ class Edit:
             whole.guides,
             whole.conds,
             None if whole.source is None else whole.source.latent_mask(1, pipe.device),
+            whole.negative,
         )
         done = registry.build("editing", self.method, **self.fields)(pairs)
         given = replace(whole.given, batch_size=2 * count)

@@ -54,7 +54,7 @@ CLIP_WORDS: Classes = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizer
 T5_WORDS: Classes = ("transformers.T5Tokenizer", "transformers.T5TokenizerFast")
 ONE_CLIP = {"text_encoder": CLIP, "tokenizer": CLIP_WORDS, "vae": KL}
 PAIR = {"text_encoder_2": OPEN_CLIP, "tokenizer_2": CLIP_WORDS, "vae": KL}
-FLOW = {"sampler": "euler", "spacing": "flow"}
+FLOW: dict[str, Any] = {"sampler": "euler", "spacing": "flow"}
 
 FAMILIES: dict[str, Family] = {
     "sd": Family("Stable Diffusion 1 and 2", "unet", {"unet": UNET, **ONE_CLIP, "text_encoder_2": NONE, "image_encoder": NONE}),

@@ -1,8 +1,8 @@
-"""A list of noise levels from an untrusted text or JSON file, for the spacing `file`. What is read becomes a field of the run, so
-that a recipe holds the levels themselves and never a path.
+"""A list of noise levels from an untrusted text or JSON file, for the spacing `file`. What is read becomes a field of the
+run, so that a recipe holds the levels themselves and never a path.
 
-Text: numbers separated by blanks, commas or line breaks, after a unit if it is not sigma ("time: 999 850 736"); # begins a note.
-JSON: a list of numbers, or an object of one such list by its unit ({"time": [999, 850, 736]}).
+Text: numbers separated by blanks, commas or line breaks, after a unit if it is not sigma ("time: 999 850 736"); # begins a
+note. JSON: a list of numbers, or an object of one such list by its unit ({"time": [999, 850, 736]}).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _json(text: str, where: str) -> tuple[str, list[Any]]:
 def _text(text: str, where: str) -> tuple[str, list[Any]]:
     plain = re.sub(r"#.*", "", text).strip()
     unit, colon, rest = plain.partition(":")
-    return (_known(unit.strip(), where), rest.replace(",", " ").split()) if colon else ("sigma", plain.replace(",", " ").split())
+    numbers = (rest if colon else plain).replace(",", " ").split()
+    return _known(unit.strip(), where) if colon else "sigma", numbers
 
 
 def _known(unit: str, where: str) -> str:

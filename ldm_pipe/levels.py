@@ -94,8 +94,9 @@ def tail(levels: Sequence[Level], strength: float) -> list[Level]:
 def jumps(levels: Sequence[Level], length: int = 10, times: int = 10) -> list[Level]:
     """The falling levels of a walk, every stretch of `length` steps walked `times` times, going up level by level.
 
-    RePaint's schedule (Lugmayr et al. 2022, arXiv 2201.09865, appendix: jump length and resampling). times 1 is the walk itself. 250 steps with the defaults make 4571 levels. DDNM's travel_length and travel_repeat are the
-    same two numbers. Raises UsageError where either is below 1.
+    RePaint's schedule (Lugmayr et al. 2022, arXiv 2201.09865, appendix: jump length and resampling). times 1 is the walk
+    itself. 250 steps with the defaults make 4571 levels. DDNM's travel_length and travel_repeat are the same two numbers.
+    Raises UsageError where either is below 1.
     """
     if length < 1 or times < 1:
         raise UsageError(f"jumps takes a length and a number of times of 1 or more, got {length} and {times}")
@@ -124,7 +125,7 @@ def at_ratios(path: Path, ratios: Sequence[float]) -> list[Level]:
 
 
 def ends(path: Path, sigma_min: float | None, sigma_max: float | None, spacing: str) -> tuple[float, float]:
-    """(low, high) of sigma / alpha, by default the path's. Raises UsageError, naming the spacing, where there is no such end."""
+    """(low, high) of sigma / alpha, by default the path's. Raises UsageError, naming the spacing, where that is no interval."""
     low = path.level(path.first).ratio if sigma_min is None else sigma_min
     high = path.level(path.last).ratio if sigma_max is None else sigma_max
     if not 0 < low < high < math.inf:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldm_pipe import strict
+from ldm_pipe import single, strict
 from ldm_pipe.codec import Codec
 from ldm_pipe.cond import Cond
 from ldm_pipe.errors import ModelError, UsageError
@@ -82,26 +82,36 @@ class Bundle:
 
 
 def load(source: str | os.PathLike[str] = "builtin", check: bool = True) -> Bundle:
-    """Load "builtin" or a folder in diffusers' layout of any family in `families.FAMILIES`, on the CPU in fp32.
+    """Load "builtin", a folder in diffusers' layout of any family in `families.FAMILIES`, or a single file of Stable Diffusion
+    1, 2 or XL, on the CPU in fp32.
 
     check: compare the weights with the folder's SHA256SUMS, where it has one (the built-in model does). Nothing is fetched
     and no code of a folder is run: safetensors only. Raises ModelError with one sentence on anything that does not fit.
     """
-    folder = BUILTIN if str(source) == "builtin" else Path(source)
-    if not (str(source) and os.path.isdir(folder)):
-        raise ModelError(f"--model {str(source)!r} is not a folder; give 'builtin' or a folder in diffusers' layout")
-    digests = _sums(folder) if check else {}
-    index = read_json(folder / "model_index.json")
-    family = family_of(index, f"{folder.name}/model_index.json")
-    scheduler, where = read_json(folder / "scheduler" / "scheduler_config.json"), f"{folder.name}/scheduler"
+    place = BUILTIN if str(source) == "builtin" else Path(source)
+    if str(source) and os.path.isfile(place):
+        parts = single.read(place)
+        return _bundle(parts, parts.configs["scheduler"], parts.folder.name, str(source), {})
+    if not (str(source) and os.path.isdir(place)):
+        wanted = "give 'builtin', a folder in diffusers' layout or a .safetensors file"
+        raise ModelError(f"--model {str(source)!r:.120} is not a folder; {wanted}")
+    digests = _sums(place) if check else {}
+    parts = Parts(place, read_json(place / "model_index.json"))
+    family_of(parts.index, f"{place.name}/model_index.json")
+    scheduler = read_json(place / "scheduler" / "scheduler_config.json")
+    return _bundle(parts, scheduler, f"{place.name}/scheduler", str(source), digests)
+
+
+def _bundle(parts: Parts, scheduler: Mapping[str, Any], where: str, name: str, digests: Mapping[str, str]) -> Bundle:
+    family = family_of(parts.index, where)
     path, prediction = path_of(scheduler, where)
     usual = defaults_of(scheduler, FAMILIES[family].defaults, where)
+    given = _given(parts.folder, usual)
     module = importlib.import_module(f"ldm_pipe.networks.{FAMILIES[family].module}")
-    given = _given(folder, usual)
-    made: Made = module.assemble(Parts(folder, index, given.words, given.guidance_scale))
-    defaults = _given(folder, replace(usual, **made.defaults))
+    made: Made = module.assemble(replace(parts, words=given.words, guidance=given.guidance_scale))
     model = Model(made.network, path, prediction).eval()
-    return Bundle(model, made.codec, made.text, str(source), defaults, digests, family, made.patch, made.embeds, made.inserts)
+    defaults = _given(parts.folder, replace(usual, **made.defaults))
+    return Bundle(model, made.codec, made.text, name, defaults, digests, family, made.patch, made.embeds, made.inserts)
 
 
 def _given(folder: Path, defaults: Defaults) -> Defaults:

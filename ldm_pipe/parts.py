@@ -23,6 +23,7 @@ LIGHT = {
     "UNet2DConditionModel": "ldm_pipe.networks.light_unet:UNet",
     "AutoencoderKL": "ldm_pipe.networks.light_vae:VAE",
     "CLIPTextModel": "ldm_pipe.networks.light_clip:ClipTextModel",
+    "CLIPTextModelWithProjection": "ldm_pipe.networks.light_clip:with_projection",
 }
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 CODECS: dict[str, Any] = {"AutoencoderKL": KLCodec, "AutoencoderDC": DCCodec}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm_pipe import image, memory
+from ldm_pipe import backends, image, memory
 from ldm_pipe.cond import Cond
 from ldm_pipe.device import pick_device, pick_dtype
 from ldm_pipe.editing.keep import Keep
@@ -72,18 +72,23 @@ class Pipeline:
     bundle: Bundle
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    attention: str = "sdpa"
 
     @classmethod
-    def from_pretrained(cls, source: str = "builtin", device: str = "auto", dtype: str = "auto") -> Pipeline:
+    def from_pretrained(
+        cls, source: str = "builtin", device: str = "auto", dtype: str = "auto", attention: str = "auto"
+    ) -> Pipeline:
         """Load "builtin" or a diffusers folder. Raises ModelError, UsageError or EnvironmentFault, one sentence each."""
-        return cls(load(source)).to(device, dtype)
+        return cls(load(source)).to(device, dtype, attention)
 
-    def to(self, device: str = "auto", dtype: str = "auto") -> Pipeline:
-        """The pipeline on a device ("auto", "cpu", "cuda", "cuda:1") in a dtype ("auto", "fp32", "fp16", "bf16"). The
-        weights move; use the pipeline that is returned."""
+    def to(self, device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Pipeline:
+        """The pipeline on a device ("auto", "cpu", "cuda", "cuda:1") in a dtype ("auto", "fp32", "fp16", "bf16"), with a
+        backend of attention ("auto", "sdpa", "math", "xformers", "fast"). The weights move; use the pipeline that is
+        returned."""
         where = pick_device(device)
         kind, _ = pick_dtype(dtype, where, self.wide)
-        return Pipeline(self.bundle.to(where, kind), where, kind)
+        bundle = self.bundle.to(where, kind)
+        return Pipeline(bundle, where, kind, backends.choose(bundle.model, attention, where, kind))
 
     @property
     def name(self) -> str:

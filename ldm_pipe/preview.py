@@ -1,7 +1,8 @@
 """Pictures of a run while it runs, without the decoder: a linear map from latent to colour, fitted to the codec.
 
-The map is affine in the channels of a latent pixel and gives the mean colour of the pixels below it; of all such maps it is the best in
-least squares on round trips of the codec, in closed form. What it is fitted on are smooth random colours, drawn by a fixed seed.
+The map is affine in the channels of a latent pixel and gives the mean colour of the pixels below it; of all such maps it is
+the best in least squares on round trips of the codec, in closed form. What it is fitted on are smooth random colours, drawn
+by a fixed seed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ IMAGES, LATENT_SIDE = 32, 8
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """Colours in -1..1 of latent pixels: weight [3,C] @ latent + bias [3]. error: root mean square of what it missed on the fit."""
+    """Colours in -1..1 of latent pixels: weight [3,C] @ latent + bias [3]. error: what the fit missed, root mean square."""
 
     weight: Tensor
     bias: Tensor

@@ -1,9 +1,9 @@
 """What happened in a run, step by step, in one open file: safetensors, with JSON in its metadata.
 
-Tensors: levels [S+1,2] (alpha, sigma; float64), x0 [S,N,C,h,w] (the estimate of every step, which is guided), guidance [S,N] (the root
-mean square of what guidance moved x0 by, at the first evaluation of the step; 0 where it did nothing), evaluations [S] (images the
-network saw in the step, over all branches), change [S,N] (of x0 since the step before, root mean square). The metadata key
-"ldm_pipe.record" holds the prompts, the seeds and the settings.
+Tensors: levels [S+1,2] (alpha, sigma; float64), x0 [S,N,C,h,w] (the estimate of every step, which is guided), guidance [S,N]
+(the root mean square of what guidance moved x0 by, at the first evaluation of the step; 0 where it did nothing), evaluations
+[S] (images the network saw in the step, over all branches), change [S,N] (of x0 since the step before, root mean square). The
+metadata key "ldm_pipe.record" holds the prompts, the seeds and the settings.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Watched:
         plain = estimates.get("cond", made)
         # A branch that was asked for some images only holds NaN for the others.
         asked = sum(int(e.x0.flatten(1).isfinite().all(1).sum()) for e in estimates.values())
-        self.seen.append((asked, _size(made.x0 - plain.x0)))
+        self.seen.append((asked, _size(made.x0)))
         return made
 
 
@@ -106,7 +106,8 @@ class Recorder:
         return files.write(path, self.data(), replace=replace)
 
     def _facts(self) -> str:
-        facts = {"format": FORMAT, "prompts": self.plan.prompts, "seeds": self.plan.seeds, "negative_prompt": self.plan.negative}
+        plan = self.plan
+        facts = {"format": FORMAT, "prompts": plan.prompts, "seeds": plan.seeds, "negative_prompt": plan.negative}
         return json.dumps(facts | {"settings": dataclasses.asdict(self.plan.given)}, default=str)
 
 

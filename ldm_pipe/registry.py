@@ -97,6 +97,8 @@ KINDS: dict[str, dict[str, str]] = {
     "editing": {
         "plug_and_play": "ldm_pipe.editing.plug_and_play:PlugAndPlay",
         "prompt_to_prompt": "ldm_pipe.editing.prompt_to_prompt:Replacing",
+        "shape_guided": "ldm_pipe.editing.shape_guided:ShapeGuided",
+        "structured": "ldm_pipe.editing.structured:Structured",
     },
     "inversion": {
         "dpm_encoder": "ldm_pipe.editing.dpm_encoder:DPMEncoder",
@@ -106,11 +108,15 @@ KINDS: dict[str, dict[str, str]] = {
         "plain": "ldm_pipe.editing.invert:Plain",
     },
     "patch": {
+        "attention_scale": "ldm_pipe.resolution.attention_scale:AttentionScale",
         "controlnet": "ldm_pipe.control.controlnet:ControlNet",
         "deepcache": "ldm_pipe.speed.deepcache:DeepCache",
         "faster": "ldm_pipe.speed.faster:Faster",
+        "hidiffusion": "ldm_pipe.resolution.hidiffusion:HiDiffusion",
+        "scalecrafter": "ldm_pipe.resolution.scalecrafter:ScaleCrafter",
         "t2i_adapter": "ldm_pipe.control.t2i_adapter:T2IAdapter",
         "text_cache": "ldm_pipe.speed.text_cache:TextCache",
+        "tiles": "ldm_pipe.resolution.tiles:Tiles",
         "tome": "ldm_pipe.speed.tome:ToMe",
     },
     "operator": {

@@ -44,6 +44,7 @@ def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
         | {"batch": batch, "row": row, **out.recorded}
         | {"model": pipe.name, "digests": dict(pipe.bundle.digests), "dtype": str(pipe.dtype).removeprefix("torch.")}
         | {"device": platform.machine() if cpu else torch.cuda.get_device_name(pipe.device)}
+        | {"attention": pipe.attention}
         | {"threads": torch.get_num_threads() if cpu else 0, "versions": _versions()}
     )
 
@@ -75,7 +76,8 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Any] | None = None, controls: Controls = NONE) -> Output:
     """Run a recipe. The image is computed in a batch of the recorded size, at its place in it. pictures: what it started from,
-    as "init_image", "mask", "input", and as "controls" those of `controls` in order. Raises UsageError where those are not the ones it was made from."""
+    as "init_image", "mask", "input", and as "controls" those of `controls` in order. Raises UsageError where those are not the
+    ones it was made from."""
     given = dict(pictures or {})
     for name in ("init_image", "mask", "input"):
         if (name in recipe.sources) != (name in given):

@@ -14,15 +14,16 @@ from ldm_pipe import guide, inputs, level_file, registry, strict
 from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe.looking import Looking
 from ldm_pipe.patches import Patches
 from ldm_pipe.restoration import PLAIN, Inpainting, Restoration
-from ldm_pipe.settings import Settings, check_device, check_dtype, check_sides
+from ldm_pipe.settings import Settings, check_attention, check_device, check_dtype, check_sides
 
 SETTINGS = (
     "negative_prompt", "seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width",
     "batch_size", "strength",
 )  # fmt: skip
-WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype")
+WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype", "attention")
 WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", "control", "control_image", *WITH_SHOW[1:])
 
 
@@ -54,12 +55,14 @@ class Request:
     control: tuple[str, ...] = ()
     control_image: tuple[str, ...] = ()
     control_scale: tuple[float, ...] = ()
+    attention_maps: str | None = None
     patch: tuple[str, ...] = ()
     speed: str | None = None
     restore: str | None = None
     input: str | None = None
     method: str | None = None
     dtype: str = "auto"
+    attention: str = "auto"
     device: str = "auto"
     grid: bool = False
     force: bool = False
@@ -68,6 +71,10 @@ class Request:
     debug: bool = False
     verify: bool = False
     list: str | None = None
+    record: str | None = None
+    preview: str | None = None
+    sweep: tuple[str, ...] = ()
+    doctor: bool = False
     show: str | None = None
     replay: str | None = None
 
@@ -129,6 +136,7 @@ class Request:
             raise UsageError("--mask and --strength go with --init-image FILE, or with --edit and --input FILE")
         check_device(self.device)
         check_dtype(self.dtype)
+        check_attention(self.attention)
         check_sides(settings, _factor(self.model))
         if self.guide is not None:
             if self.guidance_scale is not None:
@@ -139,7 +147,15 @@ class Request:
         for kind in ("sampler", "spacing"):
             if found[kind] is not None:
                 _check_fields(kind, found[kind], found[f"{kind}_set"])
+        for _ in self.looking().runs(found):
+            pass  # every combination is checked
         return found
+
+    def looking(self) -> Looking:
+        """What --record, --preview and --sweep ask for."""
+        if self.sweep and self.grid:
+            raise UsageError("--sweep writes a sheet of its own; --grid does not go with it")
+        return Looking(self.record, self.preview, self.sweep, self.force)
 
     def fields(self, wanted: str) -> dict[str, str]:
         """The fields of one kind of method that --set gives. Raises UsageError on what is not of the form."""
@@ -200,8 +216,11 @@ class Request:
 def _factor(model: str) -> int:
     """Pixels per latent pixel of a model folder's codec, 1 where that cannot be told yet. Raises ModelError on no folder."""
     folder = Path(__file__).parent / "builtin" if model == "builtin" else Path(model)
+    if model.endswith(".safetensors") and os.path.isfile(model):
+        return 8  # of every model that comes in one file
     if not os.path.isdir(folder if model else model):  # Path("") would be the working folder
-        raise ModelError(f"--model {model!r:.120} is not a folder; give 'builtin' or a folder in diffusers' layout")
+        wanted = "give 'builtin', a folder in diffusers' layout or a .safetensors file"
+        raise ModelError(f"--model {model!r:.120} is not a folder; {wanted}")
     try:
         found = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         return int(2 ** (len(found["block_out_channels"]) - 1))

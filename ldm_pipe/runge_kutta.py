@@ -1,7 +1,7 @@
 """An adaptive solver of dy/dt = f(t, y): the fifth-order pair of Dormand and Prince with its fourth-order error.
 
-A family of embedded Runge-Kutta formulae, Dormand and Prince 1980, J. Comp. Appl. Math. 6(1); steps by the usual rule of Solving
-Ordinary Differential Equations I, Hairer et al. 1993, section II.4 (what scipy calls RK45).
+A family of embedded Runge-Kutta formulae, Dormand and Prince 1980, J. Comp. Appl. Math. 6(1); steps by the usual rule of
+Solving Ordinary Differential Equations I, Hairer et al. 1993, section II.4 (what scipy calls RK45).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STAGES = (
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-MOST_TRIES = 10_000
+MOST_TRIES = 2000
 
 
 def integrate(

@@ -10,6 +10,7 @@ from typing import Any
 from ldm_pipe.errors import UsageError, unknown
 
 LARGEST_SIDE = 16_384
+ATTENTIONS = ("auto", "sdpa", "math", "xformers", "fast")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -70,6 +71,12 @@ def check_dtype(name: str) -> None:
     """Raises UsageError where a text names no dtype."""
     if name not in DTYPES:
         raise UsageError("--dtype " + unknown("dtype", name, DTYPES))
+
+
+def check_attention(name: str) -> None:
+    """Raises UsageError where a text names no backend of attention."""
+    if name not in ATTENTIONS:
+        raise UsageError("--attention " + unknown("backend", name, ATTENTIONS))
 
 
 def check_sides(settings: Settings, factor: int) -> None:

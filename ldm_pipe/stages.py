@@ -1,8 +1,8 @@
 """Several denoisers along one walk, each for a range of levels: base and refiner, or experts by noise.
 
-SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis, Podell et al. 2023, arXiv 2307.01952, section 2.5 (base
-and refiner in one latent space); eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers, Balaji et al. 2022,
-arXiv 2211.01324.
+SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis, Podell et al. 2023, arXiv 2307.01952, section 2.5
+(base and refiner in one latent space); eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers, Balaji
+et al. 2022, arXiv 2211.01324.
 """
 
 from __future__ import annotations

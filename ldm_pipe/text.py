@@ -49,8 +49,8 @@ class ClipTower:
     def states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(tokens [B, window, width] before the last layer, pooled [B, width]); what SDXL and its successors take of a CLIP."""
         out = self(prompts)
-        pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
-        return out.hidden_states[-2], pooled
+        pooled = getattr(out, "text_embeds", None)
+        return out.hidden_states[-2], out.pooler_output if pooled is None else pooled
 
     def over(self, prompt: str) -> int:
         """How many tokens of a prompt lie beyond the window, at least 0."""

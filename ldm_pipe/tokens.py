@@ -7,6 +7,7 @@ lower case as in Radford et al. 2021, arXiv 2103.00020, section 2.4.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,17 @@ class Tokenizer(Protocol):
         """How many ids the whole prompt has."""
 
 
+def words(text: str) -> list[str]:
+    """The words of a prompt in lower case, signs between them alone."""
+    return re.findall(r"[,.;:!?]|[^\s,.;:!?]+", text.lower())
+
+
 def places(tokenizer: Tokenizer, window: int, text: str) -> list[tuple[str, range]]:
     """The words of a prompt, each with its places among the tokens; what the window cuts off is left out."""
-    found, place = [], 1
-    for word in text.lower().split():
-        end = place + tokenizer.length(word) - 2
+    ends = tokenizer.length("")  # CLIP's two, or only the one behind
+    found, place = [], ends - 1
+    for word in words(text):
+        end = place + tokenizer.length(word) - ends
         found.append((word, range(min(place, window - 1), min(end, window - 1))))
         place = end
     return [(word, span) for word, span in found if len(span)]
@@ -116,6 +123,20 @@ def read(folder: Path, vocabulary: int) -> ClipTokenizer | None:
     encoder = _encoder(vocab, merges, names)
     encoder.add_tokens(_added([added[i] for i in sorted(added, key=int)], special))
     return ClipTokenizer(encoder, vocab[names["pad_token"]])
+
+
+def published(merges: str, pad: str) -> ClipTokenizer:
+    """The tokenizer of all published CLIP models. merges: their 48894 merges, one a line, two parts each; pad: the token that
+    fills rows up."""
+    pairs = [tuple(line.split(" ")) for line in merges.splitlines()]
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves; the others follow
+    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    listed = [*letters, *(c + "</w>" for c in letters), *("".join(p) for p in pairs), "<|startoftext|>", END]
+    vocab = {token: i for i, token in enumerate(listed)}
+    special = {**SPECIAL, "pad_token": pad}
+    encoder = _encoder(vocab, pairs, special)
+    encoder.add_tokens(_added([], special))
+    return ClipTokenizer(encoder, vocab[pad])
 
 
 def _is_neutral(name: str, value: Any) -> bool:

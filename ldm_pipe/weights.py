@@ -23,13 +23,14 @@ M = TypeVar("M", bound=nn.Module)
 LARGEST = 10**6  # of any number in a configuration: vocabularies and sizes of images lie well below it
 LONGEST_HEADER, MOST_TENSORS, LONGEST_NAME = 16 * 2**20, 20_000, 512  # of a safetensors file: far above any real one
 FLOATS = ("F64", "F32", "F16", "BF16")  # as the header of a safetensors file names them
+KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
 def named(folder: Path) -> Iterator[None]:
     """Whatever goes wrong inside becomes a ModelError that names the folder of the part."""
     try:
-        if not folder.is_dir():
+        if not folder.exists():
             raise FileNotFoundError("there is no such folder")
         yield
     except ModelError:
@@ -108,20 +109,25 @@ def read(file: Path, parts: int, build: Callable[[], M], renamed: Callable[[str]
         names = {name: renamed(name) for name in found.keys()}  # noqa: SIM118  (it is no mapping)
         if parts > len(names):
             raise ModelError(f"{where}: config.json asks for {parts} parts or more, the file has {len(names)} tensors")
-        with torch.device("meta"):
-            module = build()
-        wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
         held = {new: old for old, new in names.items() if new is not None}
-        slices = {n: found.get_slice(old) for n, old in held.items() if n in wanted}
-        twice = [old for old, new in names.items() if new is not None and held[new] != old]
-        _refuse(where, "missing", wanted.keys() - held.keys())
-        _refuse(where, "unexpected", [*(old for new, old in held.items() if new not in wanted), *twice])
-        _refuse(where, "mismatched", [n for n, s in slices.items() if tuple(s.get_shape()) != wanted[n]])
-        _refuse(where, "not floating point:", [n for n, s in slices.items() if s.get_dtype() not in FLOATS])
-        for name in wanted:
-            owner, _, leaf = name.rpartition(".")
-            tensor = found.get_tensor(held[name]).to(torch.float32)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        _refuse(where, "unexpected", [old for old, new in names.items() if new is not None and held[new] != old])
+        return filled(where, build, {new: found.get_tensor(old) for new, old in held.items()}, held)
+
+
+def filled(where: str, build: Callable[[], M], tensors: Mapping[str, Tensor], called: Mapping[str, str]) -> M:
+    """The module that `build` makes on the meta device, in fp32 and eval mode, of exactly these tensors (by name; the memory of
+    a file serves as it is where it holds fp32). called: how a name is to be called in an error, where not by itself."""
+    with torch.device("meta"):
+        module = build()
+    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+    both = {n: t for n, t in tensors.items() if n in wanted}
+    _refuse(where, "missing", wanted.keys() - tensors.keys())
+    _refuse(where, "unexpected", [called.get(n, n) for n in tensors if n not in wanted])
+    _refuse(where, "mismatched", [n for n, t in both.items() if tuple(t.shape) != wanted[n]])
+    _refuse(where, "not floating point:", [n for n, t in both.items() if t.dtype not in KINDS])
+    for name, tensor in both.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(torch.float32), requires_grad=False))
     finite(module, where)
     return module.eval()
 
@@ -142,25 +148,24 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
-def header(file: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that a safetensors file declares, read before anything else is done with it.
+def header(file: Path, alone: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The names, types and shapes that a safetensors file declares, read before anything else is done with it.
 
     Raises ModelError where its header is longer, has more entries or longer names than any real file, names a tensor twice or
-    is not of the format.
+    is not of the format. alone: the file belongs to no folder, out of which it might lead.
     """
-    inside(file)
+    if not alone:
+        inside(file)
     where = f"{file.parent.name}/{file.name}"
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         if not 2 <= length <= min(LONGEST_HEADER, file.stat().st_size - 8):
-            raise ModelError(
-                f"{where} is damaged or no safetensors file: its header is said to be {length} bytes long"
-            )
+            raise ModelError(f"{where} is damaged or no safetensors file: its header is said to be {length} bytes long")
         text = data.read(length)
     try:
         pairs = json.loads(text, object_pairs_hook=_once)
-        entries = {n: tuple(e["shape"]) for n, e in pairs.items() if n != "__metadata__"}
-        sound = all(type(side) is int and side >= 0 for shape in entries.values() for side in shape)
+        entries = {n: (str(e["dtype"]), tuple(e["shape"])) for n, e in pairs.items() if n != "__metadata__"}
+        sound = all(type(side) is int and side >= 0 for _, shape in entries.values() for side in shape)
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{where}: its header cannot be read: {str(error)[:80]}") from error
     if not sound or len(entries) > MOST_TENSORS or any(len(n) > LONGEST_NAME for n in entries):
@@ -186,8 +191,13 @@ def held(place: Path, name: str) -> dict[str, int]:
         files = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
     for file in files:
         if file != Path(file).name or not file.endswith(".safetensors") or not (place / file).is_file():
-            raise ModelError(f"{place.parent.name}/{place.name}: {file!r:.80} is not a safetensors file of this folder")
-    return {n: math.prod(shape) for file in sorted(files) for n, shape in header(place / file).items()}
+            raise ModelError(
+                f"{place.parent.name}/{place.name}: {file!r:.80} is no file of this folder; only safetensors is read"
+            )
+    found = {n: entry for file in sorted(files) for n, entry in header(place / file).items()}
+    wrong = (n for n, (dtype, _) in found.items() if dtype not in FLOATS and not n.endswith("position_ids"))
+    _refuse(f"{place.parent.name}/{place.name}", "not floating point:", wrong)
+    return {n: math.prod(shape) for n, (_, shape) in found.items()}
 
 
 def inside(file: Path) -> None:

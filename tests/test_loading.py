@@ -128,8 +128,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "extra tensor": (lambda f: _retensor(f / UNET, lambda t: t.update(evil=torch.zeros(1))), "unexpected tensor 'evil'"),
     "wrong shape": (lambda f: _retensor(f / UNET, lambda t: t.update({"conv_in.bias": torch.zeros(3)})), "unet"),
     "truncated": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:999]), "damaged or no safetensors"),
-    "pickle only": (lambda f: (f / UNET).rename(f / "unet/diffusion_pytorch_model.bin"), "unet cannot be loaded"),
-    "no config": (lambda f: (f / "vae" / "config.json").unlink(), "vae cannot be loaded"),
+    "pickle only": (lambda f: (f / UNET).rename(f / "unet/diffusion_pytorch_model.bin"), "only safetensors is read"),
+    "no config": (lambda f: (f / "vae" / "config.json").unlink(), "vae has no config.json"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer cannot be loaded"),
     "bad defaults": (lambda f: (f / "ldm_pipe.json").write_text('{"stepz": 3}'), "did you mean 'steps'"),
 }  # fmt: skip

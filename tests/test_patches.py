@@ -12,20 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ldm_pipe import CFG, Pipeline, UsageError, registry
+from ldm_pipe import CFG, Pipeline, UsageError, recipe, registry
+from ldm_pipe.cli import main
 from ldm_pipe.level import Level
 from ldm_pipe.networks.unet import UNet
 from ldm_pipe.patch import Patch, Patched, Run, changed, root
-from ldm_pipe.patches import Patches
+from ldm_pipe.patches import SPEED, Patches
 from ldm_pipe.plan import patched
 
 Tiny = Callable[[str], Path]
 FOX, BEES = "a fox on a blue background", "two bees on red"
 NAMES = sorted(registry.KINDS["patch"])
 EXACT = {"text_cache"}  # patches that change no bit whatever their settings
-ACTIVE: dict[str, dict[str, Any]] = {"faster": {"keys": "0 2"}}  # what changes the image in a short walk, if not the defaults
+ACTIVE: dict[str, dict[str, Any]] = {"faster": {"keys": "0 2"}, "attention_scale": {"size": 4}, "tiles": {"size": 4}}  # what changes the image in a short walk, if not the defaults
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -188,7 +190,7 @@ def test_it_goes_with_samplers_and_guidance(name: str, sampler: str, pipe: Pipel
     assert bool(torch.isfinite(with_it.latents).all())
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "tiles"])  # which asks any network of a known size
 def test_a_network_without_its_layers_is_refused(name: str, pipe: Pipeline) -> None:
     model = replace(pipe.bundle).model
     levels = (Level(0.1, 0.9), Level(1.0, 0.0))
@@ -243,3 +245,31 @@ def test_a_step_is_the_number_of_noisier_levels() -> None:
 def test_a_wrong_patch_is_one_sentence(text: str, words: str, pipe: Pipeline) -> None:
     with pytest.raises(UsageError, match=words):
         Patches((text,)).applied(pipe, pipe.plan([FOX], seed=7))
+
+
+def test_from_the_command_line_and_back(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--patch and --speed stand in the recipe, alone replay from it, and may stand in a TOML file."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(tiny("eps")), "--dtype", "fp32", "--quiet"]
+    assert main(["-p", FOX, "--seed", "7", "--patch", "deepcache(2)", "--speed", "exact", "-o", "fast.png", *flags]) == 0
+    assert recipe.read("fast.png").patches == ("text_cache", "deepcache(2)")
+    assert recipe.read("fast.png").speed == "exact"
+    Path("run.toml").write_text(f'prompt = "{FOX}"\nseed = 7\nspeed = "exact"\npatch = ["deepcache(2)"]\n')
+    assert main(["--config", "run.toml", "-o", "again.png", *flags]) == 0
+    assert main(["-p", FOX, "--seed", "7", "-o", "plain.png", *flags]) == 0
+    fast, again, plain = (list(Image.open(f"{n}.png").getdata()) for n in ("fast", "again", "plain"))
+    assert fast == again != plain
+    capsys.readouterr()
+    assert main(["--replay", "fast.png", "--verify", *flags]) == 0
+    assert capsys.readouterr().out == "fast.png: bit-equal\n"
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_every_preset_runs_and_exact_changes_no_bit(name: str, pipe: Pipeline, plain: Tensor) -> None:
+    whole = pipe.plan((FOX, BEES), CFG(3), seeds=(7, 8), steps=5, sampler="ddim")
+    found = torch.cat([out.latents for out in pipe.run(Patches.of(name, ()).applied(pipe, whole))])
+    assert torch.equal(found, plain) == (name == "exact")
+    with pytest.raises(UsageError, match="did you mean 'fast'"):
+        Patches.of("fats", ())

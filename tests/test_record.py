@@ -30,7 +30,9 @@ def pipe(tiny: Tiny) -> Pipeline:
     return Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32")
 
 
-def recorded(pipe: Pipeline, path: Path, size: int = 0, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[Any], list[Step]]:
+def recorded(
+    pipe: Pipeline, path: Path, size: int = 0, **settings: Any
+) -> tuple[dict[str, Tensor], dict[str, Any], list[Any], list[Step]]:
     plan = pipe.plan(["a fox", "two bees"], seed=3, num_images=2, **settings)
     recorder, steps = Recorder(plan, size), list[Step]()
 
@@ -121,7 +123,7 @@ class Mixing:
 
     @property
     def matrix(self) -> Tensor:
-        return torch.arange(15.0).reshape(5, 3).sin()
+        return torch.arange(15.0).square().sin().reshape(5, 3)
 
     def encode(self, images: Tensor) -> Tensor:
         small = torch.nn.functional.avg_pool2d(images, 2)
@@ -179,7 +181,7 @@ def test_previews_go_to_a_file_and_to_a_terminal(tmp_path: Path) -> None:
         assert isinstance(middle, tuple)
         assert abs(middle[0] - 128) <= 1
     cells = re.findall(r"\x1b\[38;2;(\d+);\d+;\d+m\x1b\[48;2;(\d+);\d+;\d+m", written[0])
-    assert [c for c in cells][:2] == [("255", "128"), ("0", "255")]
+    assert cells[:2] == [("255", "128"), ("0", "255")]
     assert (written[1].startswith("\x1b[1F"), written[0].startswith("\x1b[1F")) == (True, False)
     assert Counter(written[0])["\u2580"] == 6
 

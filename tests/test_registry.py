@@ -41,7 +41,7 @@ def test_every_entry_builds_with_its_defaults(kind: str, name: str) -> None:
     if kind == "sampler":
         assert isinstance(made, Sampler)
         assert dataclasses.is_dataclass(made)
-    if kind == "spacing":
+    if kind == "spacing" and name != "file":  # which has no levels of its own
         assert made(VP.linear(), 4)[-1] == (1.0, 0.0)
     if kind == "rule":
         assert "cond" in made.needs(VP.linear().level(500))
@@ -101,7 +101,7 @@ def test_fields_are_given_by_name() -> None:
     [
         ("samplr", "ddim", {}, "'samplr' is not a kind of method; did you mean 'sampler'"),
         ("sampler", "dimm", {}, "'dimm' is not a sampler; did you mean 'ddim'"),
-        ("sampler", "zzzz", {}, "'zzzz' is not a sampler; choose from ddim, ddpm"),
+        ("sampler", "zzzz", {}, "'zzzz' is not a sampler; choose from consistency, ddim"),
         ("sampler", "ddim", {"etta": 0.5}, "'etta' is not a field of sampler ddim; did you mean 'eta'"),
         ("spacing", "karras", {"roh": 5}, "'roh' is not a field of spacing karras; did you mean 'rho'"),
         ("spacing", "karras", {"path": 5}, "'path' is not a field of spacing karras"),

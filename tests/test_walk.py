@@ -111,3 +111,26 @@ def test_no_noise_is_zero_at_every_step() -> None:
 def test_the_base_sampler_has_no_step_and_says_so() -> None:
     with pytest.raises(TypeError, match="Sampler has no step"):
         list(trajectory(PRIOR, NOISE.start(), WALK, Sampler(), NOISE))
+
+
+def test_what_a_wrapping_sampler_costs_follows_from_what_it_wraps() -> None:
+    """Calls, start, walk and memory are the wrapped one's; it travels where that one does, and climbs without asking."""
+    from ldm_pipe.samplers.heun import Heun
+    from ldm_pipe.walk import Wrapping, climb
+
+    @dataclass(frozen=True)
+    class Bare(Wrapping):
+        sampler: Sampler
+
+    x = NOISE.start()
+    for inner in (Euler(), Heun(), Remembers(), Stays()):
+        assert (Bare(inner).calls, Bare(inner).travels) == (inner.calls, inner.travels)
+        assert torch.equal(Bare(inner).start(x, Level(0.3, 0.8)), inner.start(x, Level(0.3, 0.8)))
+        assert Bare(inner).walk(WALK) == inner.walk(WALK) == WALK
+    plain, wrapped = (list(trajectory(PRIOR, x, WALK[1:], s, NOISE)) for s in (Remembers(), Bare(Remembers())))
+    assert [s.memory for s in wrapped] == [s.memory for s in plain] == [1, 2]
+    up = list(trajectory(PRIOR, x, [WALK[2], WALK[1]], Bare(Remembers()), NOISE))[0]
+    assert torch.equal(up.x, climb(x, WALK[2], WALK[1], NOISE.at(0)("climb")))
+    assert up.memory is None
+    with pytest.raises(UsageError, match="Bare does not travel"):
+        list(trajectory(PRIOR, x, [WALK[2], WALK[1]], Bare(Stays()), NOISE))

@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill: temp folder, SHA-256 manifest, rename; tensors in safetensors, the rest in JSON.
 
-    <output>/step-000500/  weights.safetensors  ema.safetensors  optimiser.safetensors  manifest.json
+<output>/step-000500/  weights.safetensors  ema.safetensors  optimiser.safetensors  manifest.json
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from ldm_pipe.errors import UsageError
 from train.data.source import Fault
@@ -15,7 +15,12 @@ Batch = dict[str, Any]
 
 
 class Task(Protocol):
-    """What a job trains. Frozen dataclasses inherit from it; their fields are the recipe's tables."""
+    """What a job trains. Frozen dataclasses inherit from it; their fields are the recipe's tables.
+
+    TABLES: the classes of further tables whose every key can be checked by itself.
+    """
+
+    TABLES: ClassVar[Mapping[str, type]] = {}
 
     def net(self) -> Any:
         """The trainable module, parameters in fp32. `net(batch)` returns named losses, each a scalar: "loss" is the one that

@@ -19,6 +19,7 @@ TASKS = {
     "clip": "train.tasks.clip:Clip",
     "latent": "train.tasks.latent:Latent",
     "finetune": "train.tasks.finetune:Finetune",
+    "scratch": "train.tasks.scratch:Scratch",
 }
 
 
@@ -83,6 +84,8 @@ def faults(recipe: dict[str, Any], where: str) -> list[Fault]:
         return [Fault(line_of(where, "task", "name"), str(error).removeprefix(f"{where}: "))]
     found = _of_table(cls, {k: v for k, v in given.items() if k in recipe["task"]}, "task", where, {*recipe} - {"task"})
     found += _of_table(Job, recipe.get("job", {}), "job", where)
+    for table, inner in cls.TABLES.items():  # type: ignore[attr-defined]
+        found += _of_table(inner, given.get(table, {}), table, where)
     if not found:
         try:
             build(recipe, where)
@@ -102,9 +105,7 @@ def _of_table(cls: type, values: dict[str, Any], table: str, where: str, given: 
             strict.coerce(value, hints[name], name)
         except UsageError as error:
             found.append(Fault(line_of(where, table, name), str(error)))
-    required = (
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    )
+    required = (n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
     missing = [n for n in required if n not in values and n not in (given or set())]
     return found + [Fault(line_of(where, table, ""), f"[{table}] needs {name}") for name in missing]
 

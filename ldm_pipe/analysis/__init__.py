@@ -10,12 +10,15 @@ _HOMES = {
     "gaussian": ("Gaussian",),
     "mixture": ("Mixture", "Posterior"),
     "network": ("ExactNetwork",),
+    "metrics": ("Coverage", "clip_score", "coverage", "frechet", "kernel_distance", "r_precision"),
+    "extractor": ("Extractor", "clip_extractor"),
     "affine": ("Affine", "outcome", "read_walk"),
     "wasserstein": ("Closeness", "closeness", "gaussian_w2", "sample_w2", "sliced_w2"),
     "modes": ("mode_fractions",),
     "interval": ("wilson",),
     "likelihood": ("log_likelihood",),
     "search": ("Found", "Search"),
+    "efficiency": ("cost", "distance"),
     "reference": ("Problem", "reference_problem"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,10 +1,10 @@
-"""The log-likelihood of images under a denoiser, by the probability-flow ODE: Score-Based Generative Modeling through Stochastic
-Differential Equations, Song et al. 2020, arXiv 2011.13456, section 4.3 and appendix D.2.
+"""The log-likelihood of images under a denoiser, by the probability-flow ODE: Score-Based Generative Modeling through
+Stochastic Differential Equations, Song et al. 2020, arXiv 2011.13456, section 4.3 and appendix D.2.
 
 In flow coordinates, y = x / (alpha + sigma) over u, dy/du = v = noise - x0, and the density changes by its divergence:
-log p(y_low) = log p(y_high) + int div v du (instantaneous change of variables, Neural Ordinary Differential Equations, Chen et al. 2018,
-arXiv 1806.07366). At alpha = 0 the upper end is N(0, I) exactly; above a path that ends before it, N(0, alpha^2 + sigma^2) of
-unit variance data is what the paper takes too.
+log p(y_low) = log p(y_high) + int div v du (instantaneous change of variables, Neural Ordinary Differential Equations,
+Chen et al. 2018, arXiv 1806.07366). At alpha = 0 the upper end is N(0, I) exactly; on a path that ends before it,
+N(0, alpha^2 + sigma^2) of unit variance data is what the paper takes too.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def log_likelihood(
 
     denoise: differentiable by x. low: the least noise that the denoiser knows (for a network the path's first level; x is then
     an image with that much noise on it). high: alpha = 0 where the network can be asked there, else the path's last level.
-    probes: None is the exact divergence, one backward pass for each value of an image; a number is Hutchinson's estimate with as
-    many random signs, the same along the path (unbiased; its spread falls with their root). Bits per value: -log p / (D log 2).
-    Raises UsageError where low is not below high, or probes is below 1.
+    probes: None is the exact divergence, one backward pass for each value of an image; a number is Hutchinson's estimate with
+    as many random signs, the same along the path (unbiased; its spread falls with their root). Bits per value: -log p / (D
+    log 2). Raises UsageError where low is not below high, or probes is below 1.
     """
     start, end = float(low.u), float(high.u)
     if not 0 <= start < end <= 1 or (probes is not None and probes < 1):

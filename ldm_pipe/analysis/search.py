@@ -1,8 +1,9 @@
-"""AutoDiffusion: Training-Free Optimization of Time Steps and Architectures for Automated Diffusion Model Acceleration, Li et al.
-2023, arXiv 2309.10438: an evolutionary search for the few times at which a network is best asked.
+"""AutoDiffusion: Training-Free Optimization of Time Steps and Architectures for Automated Diffusion Model Acceleration, Li et
+al. 2023, arXiv 2309.10438: an evolutionary search for the few times at which a network is best asked.
 
-A candidate is a set of distinct times. The fitness is whatever the caller measures of one: the paper's is the FID of 1000 images,
-a cheap one the distance to a walk of many steps from the same noise. What is found goes into the spacing `file` with unit "time".
+A candidate is a set of distinct times. The fitness is whatever the caller measures of one: the paper's is the FID of 1000
+images, a cheap one the distance to a walk of many steps from the same noise. What is found goes into the spacing `file` with
+unit "time".
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Search:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (1 <= self.keep <= self.population and 0 < self.chance <= 1 and min(self.epochs, self.mutations, self.crossovers) >= 0):
+        children = min(self.epochs, self.mutations, self.crossovers)
+        if not (1 <= self.keep <= self.population and 0 < self.chance <= 1 and children >= 0):
             raise UsageError("search needs 1 <= keep <= population, chance above 0 to 1, and no negative number of children")
 
     def __call__(self, fitness: Callable[[Times], float], places: int, first: Sequence[Sequence[int]]) -> Found:
@@ -56,7 +58,8 @@ class Search:
         all have the same number of distinct times. Raises UsageError where they have not."""
         steps = len(first[0]) if first else 0
         starts = [tuple(sorted(set(c), reverse=True)) for c in first]
-        if not (0 < steps <= places and all(len(c) == steps and 0 <= c[-1] and c[0] < places for c in starts)):
+        inside = all(len(c) == steps and c[-1] >= 0 and c[0] < places for c in starts)
+        if not (0 < steps <= places and inside):
             raise UsageError(f"search begins with candidates of one number of distinct times from 0 to {places - 1}")
         random = np.random.Generator(np.random.Philox(key=self.seed))
         known: dict[Times, float] = {}
@@ -64,7 +67,8 @@ class Search:
         parents: list[Times] = starts
         for epoch in range(self.epochs + 1):
             made = list(parents) if epoch == 0 else []
-            made += [_mutated(parents[random.integers(len(parents))], places, self.chance, random) for _ in range(self.mutations)]
+            chosen = random.integers(len(parents), size=self.mutations)
+            made += [_mutated(parents[k], places, self.chance, random) for k in chosen]
             if epoch:
                 picks = random.integers(len(parents), size=(self.crossovers, 2))
                 made += [c for a, b in picks if (c := _crossed(parents[a], parents[b], random)) is not None]

@@ -67,7 +67,7 @@ class LocalBlend(Wrapping):
         best, found = max((decoder, count) for _, decoder, count in seen), []
         for side in (0, 1):
             if (side, *best) in seen:
-                m = seen[side, *best].unflatten(1, grid(best[1], height, width)).unsqueeze(1)
+                m = seen[side, *best].reshape(-1, 1, *grid(best[1], height, width))
                 m = F.interpolate(F.max_pool2d(m, 3, 1, 1), (height, width))
                 found.append(m / m.amax((2, 3), keepdim=True) > self.threshold)
         return found[0] | found[-1]
@@ -92,15 +92,15 @@ class _Watch:
 
 
 def chosen(tokenizer: Tokenizer, window: int, prompts: Sequence[str], words: str = "") -> tuple[tuple[int, ...], ...]:
-    """The places of words among the tokens of each prompt, for `LocalBlend.words`: of those listed in `words`, or of those that
+    """The places of words among the tokens of two prompts, for `LocalBlend.words`: of those listed in `words`, or of those that
     the other prompt does not have. Raises UsageError where a listed word is in none of them, or none is left."""
     found = [places(tokenizer, window, prompt) for prompt in prompts]
     listed = words.lower().replace(",", " ").split()
     for word in listed:
         if not any(word == text for spans in found for text, _ in spans):
             raise UsageError(f"blend: {word!r} is a word of none of {', '.join(map(repr, prompts))}")
-    every = [{text for text, _ in spans} for spans in found]
-    wanted = set(listed) or set.union(*every) - set.intersection(*every)
+    source, target = ({text for text, _ in spans} for spans in found)
+    wanted = set(listed) or source ^ target
     result = tuple(tuple(i for text, span in spans if text in wanted for i in span) for spans in found)
     if not any(result):
         raise UsageError("blend: the prompts have the same words; list those whose surroundings may change")

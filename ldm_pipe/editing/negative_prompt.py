@@ -28,4 +28,4 @@ class NegativePrompt:
     def __call__(self, picture: Tensor, run: Remake) -> Inverse:
         """1 + corrections evaluations of every step, and the run itself."""
         x = ascend(run.plain, picture, run.levels, run.sampler, self.corrections)[0]
-        return run.inverse(picture, x, conds={"uncond": run.branches.conds["cond"]})
+        return run.inverse(picture, x, conds={"uncond": run.branches.conds["uncond"]})

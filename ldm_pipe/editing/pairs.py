@@ -26,6 +26,7 @@ class Pairs:
     attention rules and taps are let in. text: the text encoder, with its `tokenizer` and `window`. levels, sampler: of the
     walk. guides: what corrects the guided estimate, the first one innermost. conds: conditions of the whole batch that take
     the place of the usual ones, by branch. mask: [1,1,H,W] in 0..1 on pixels, 1 = to be edited; None where none was given.
+    negative: the prompt of the usual "uncond".
     """
 
     source: str
@@ -38,6 +39,7 @@ class Pairs:
     guides: tuple[Guide, ...] = ()
     conds: Mapping[str, Cond | CondAt] = field(default_factory=dict)
     mask: Tensor | None = None
+    negative: str = ""
 
     def attending(self, rule: AttentionRule | InputRule) -> Pairs:
         """The same with a rule in the network's attention."""

@@ -39,7 +39,8 @@ class TokenMap:
         keep their own attention. weights: by word of the target. Raises UsageError where a weighted word is not in it."""
         before, after = (places(tokenizer, window, text) for text in (source, target))
         take, own, weight = torch.zeros(window, window), torch.zeros(window), torch.ones(window)
-        take[0, 0] = 1  # the start
+        start = tokenizer.length("") - 1
+        take[:start, :start] = torch.eye(start)
         pairs = list(enumerate(range(len(after)))) if len(before) == len(after) else _aligned(before, after)
         for i, j in pairs:
             a, b = before[i][1], after[j][1]
@@ -48,7 +49,7 @@ class TokenMap:
         matched = {j for _, j in pairs}
         for j, (_, span) in enumerate(after):
             own[span.start : span.stop] = float(j not in matched)
-        first = [words[-1][1].stop if words else 1 for words in (before, after)]
+        first = [words[-1][1].stop if words else start for words in (before, after)]
         for k in range(window - max(first)):
             take[first[0] + k, first[1] + k] = 1  # the end and what fills up, in order
         own[take.sum(0) == 0] = 1  # a longer target has nothing to take its last places from

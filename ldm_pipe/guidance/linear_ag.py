@@ -1,7 +1,8 @@
-"""LinearAG: Adaptive Guidance, Castillo et al. 2023, arXiv 2312.12487, section 5: the negative branch from what is known.
+"""LinearAG: Adaptive Guidance, Castillo et al. 2023, arXiv 2312.12487, section 5: the other branch from what is known.
 
 The noise of the negative branch is nearly a linear combination of the noises seen so far, with one number per step and per
-earlier estimate, the same for all pixels and all prompts. `solve` finds these numbers from recorded runs of plain guidance.
+earlier estimate, the same for all pixels and all prompts. `solve` finds these numbers from recorded runs of plain guidance. Of
+the negative noises only those that were evaluated are combined, so that no guess is made of guesses (the paper combines all).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SLACK = 1e-6  # by which the u of a level may differ from the fit's
 @dataclass(frozen=True)
 class Fit:
     """The numbers of one setting, which fit no other. levels: u of every evaluation; own, other: of evaluation t, t + 1 numbers
-    for the positive noises so far and t for the negative ones."""
+    for the positive noises so far, and one for every negative noise before t that is evaluated, not guessed."""
 
     sampler: str
     steps: int
@@ -41,9 +42,10 @@ class Fit:
     other: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        sizes = [(t + 1, t) for t in range(len(self.levels))]
+        count = len(self.levels)
+        sizes = [(t + 1, sum(exact(i, count) for i in range(t))) for t in range(count)]
         if [(len(a), len(b)) for a, b in zip(self.own, self.other, strict=False)] != sizes:
-            raise UsageError("a fit holds t + 1 and t numbers for evaluation t")
+            raise UsageError("a fit holds t + 1 numbers for evaluation t, and one for every negative noise that is known there")
 
     @classmethod
     def read(cls, path: str) -> Fit:
@@ -73,7 +75,8 @@ class LinearAG:
     positive: str = "cond"
     negative: str = "uncond"
     _fit: list[Fit] = field(default_factory=list, init=False, repr=False, compare=False)
-    _seen: list[Seen] = field(default_factory=list, init=False, repr=False, compare=False)
+    _own: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
+    _other: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._fit.append(self.fit if isinstance(self.fit, Fit) else Fit.read(self.fit))
@@ -91,30 +94,31 @@ class LinearAG:
 
     def needs(self, level: Level) -> tuple[str, ...]:
         """Both branches where the negative one is not guessed."""
-        return (self.positive, self.negative) if self._exact() else (self.positive,)
+        evaluated = exact(len(self._own), len(self._fit[0].levels))
+        return (self.positive, self.negative) if evaluated else (self.positive,)
 
     def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
         """The guided estimate. Raises UsageError at a level that is not the fit's."""
-        fit, t, p = self._fit[0], len(self._seen), estimates[self.positive]
+        fit, t, p = self._fit[0], len(self._own), estimates[self.positive]
         if t >= len(fit.levels) or abs(float(level.u) - fit.levels[t]) > SLACK:
             raise UsageError(f"linear_ag: evaluation {t + 1} is at u = {float(level.u):.4f}, and the fit has other levels")
-        if self._exact():
+        if exact(t, len(fit.levels)):
             n = estimates[self.negative]
+            self._other.append(n.noise)
         else:
             noise = self._guess(fit, t, p.noise)
             n = Estimate(EPS.x0(x, noise, level), noise)
-        self._seen.append((float(level.u), p.noise, n.noise))
+        self._own.append(p.noise)
         return CFG(fit.scale)({"cond": p, "uncond": n}, x, level)
 
-    def _exact(self) -> bool:
-        t = len(self._seen)
-        return t % 2 == 0 and t < (len(self._fit[0].levels) + 1) // 2
-
     def _guess(self, fit: Fit, t: int, noise: Tensor) -> Tensor:
-        found = fit.own[t][t] * noise
-        for i, (_, own, other) in enumerate(self._seen):
-            found = found + fit.own[t][i] * own + fit.other[t][i] * other
-        return found
+        known = [*zip(fit.own[t], [*self._own, noise], strict=True), *zip(fit.other[t], self._other, strict=True)]
+        return sum((number * tensor for number, tensor in known[1:]), known[0][0] * known[0][1])
+
+
+def exact(t: int, count: int) -> bool:
+    """Is the negative branch evaluated, not guessed, at evaluation t of `count`?"""
+    return t % 2 == 0 and t < (count + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,10 @@ def solve(runs: Sequence[Sequence[Seen]], sampler: str, steps: int, scale: float
     levels = tuple(seen[0] for seen in runs[0]) if runs else ()
     if not runs or any(tuple(seen[0] for seen in run) != levels for run in runs):
         raise UsageError("linear_ag: a fit takes runs that went along the same levels")
-    own = [torch.cat([run[t][1].flatten() for run in runs]) for t in range(len(levels))]
-    other = [torch.cat([run[t][2].flatten() for run in runs]) for t in range(len(levels))]
+    own, other = ([torch.cat([run[t][k].flatten() for run in runs]) for t in range(len(levels))] for k in (1, 2))
     found = []
     for t in range(len(levels)):
-        known = torch.stack([*own[: t + 1], *other[:t]], 1)
-        found.append(torch.linalg.lstsq(known, other[t][:, None], rcond=1e-12, driver="gelsd").solution[:, 0].tolist())
-    both = [(tuple(numbers[: t + 1]), tuple(numbers[t + 1 :])) for t, numbers in enumerate(found)]
-    return Fit(sampler, steps, scale, levels, tuple(a for a, _ in both), tuple(b for _, b in both))
+        known = [*own[: t + 1], *(other[i] for i in range(t) if exact(i, len(levels)))]
+        numbers = torch.linalg.lstsq(torch.stack(known, 1), other[t][:, None], rcond=1e-12, driver="gelsd").solution[:, 0]
+        found.append((tuple(numbers[: t + 1].tolist()), tuple(numbers[t + 1 :].tolist())))
+    return Fit(sampler, steps, scale, levels, tuple(a for a, _ in found), tuple(b for _, b in found))

@@ -46,6 +46,7 @@ class Config:
         "attention_dropout": (0,),
         "dropout": (0,),
         "model_type": ("clip_text_model",),
+        "tie_word_embeddings": (False, True),
     }
 
     def __post_init__(self) -> None:
@@ -118,22 +119,25 @@ class _Embeddings(nn.Module):
 
 class Encoded(NamedTuple):
     """What a prompt gives. last_hidden_state: [B,L,C], normalised. pooler_output: [B,C], its row at the end of the prompt.
-    hidden_states: [B,L,C] each, the embeddings and what every layer makes of them, not normalised."""
+    hidden_states: [B,L,C] each, the embeddings and what every layer makes of them, not normalised. text_embeds: [B,P], the
+    pooled output projected, of a tower that does that."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor
     hidden_states: tuple[Tensor, ...]
+    text_embeds: Tensor | None = None
 
 
 class ClipTextModel(nn.Module):
-    """ids [B,L] -> Encoded; L at most `config.max_position_embeddings`."""
+    """ids [B,L] -> Encoded; L at most `config.max_position_embeddings`. projected: the pooled output is projected, too."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, projected: bool = False) -> None:
         super().__init__()
         self.config = config
         self.embeddings = _Embeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.text_projection = Linear(config.hidden_size, config.projection_dim or 512, bias=False) if projected else None
 
     @property
     def device(self) -> torch.device:
@@ -151,4 +155,10 @@ class ClipTextModel(nn.Module):
             states.append(layer(states[-1]))
         last, end = self.final_layer_norm(states[-1]), self.config.eos_token_id
         ends = (ids if end == 2 else (ids == end).int()).argmax(dim=1)
-        return Encoded(last, last[torch.arange(len(ids), device=ids.device), ends], tuple(states))
+        pooled = last[torch.arange(len(ids), device=ids.device), ends]
+        return Encoded(last, pooled, tuple(states), self.text_projection(pooled) if self.text_projection is not None else None)
+
+
+def with_projection(config: Config) -> ClipTextModel:
+    """transformers' CLIPTextModelWithProjection."""
+    return ClipTextModel(config, projected=True)

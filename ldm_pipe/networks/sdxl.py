@@ -27,10 +27,6 @@ class SDXL(UNet):
     refiner is told an aesthetic score `cond.extras["score"]` [B,1] in the place of the last two.
     """
 
-    def __init__(self, unet: Any, factor: int, guidance: float) -> None:
-        super().__init__(unet, guidance)
-        self.factor = factor
-
     def added(self, x: Tensor, cond: Cond) -> dict[str, Any]:
         """Pooled text [B,D] and sizes [B,6], or [B,5] with a score."""
         assert cond.pooled is not None
@@ -86,7 +82,7 @@ class SDXLText:
 def assemble(parts: Parts) -> Made:
     """The bundle of a folder with two CLIP towers, or with the second alone (the refiner)."""
     codec = parts.codec()
-    network = SDXL(parts.network("unet"), codec.factor, parts.guidance)
+    network = SDXL(parts.network("unet"), parts.guidance, codec.factor)
     towers = tuple(parts.clip(suffix) for suffix in ("", "_2") if parts.has(f"text_encoder{suffix}"))
     zeros, scored = (bool(parts.index.get(n)) for n in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"))
     inserts = inserted(network.unet, codec.channels)

@@ -24,11 +24,12 @@ class UNet(nn.Module):
     """A cross-attention U-Net. `unet`: a light UNet or a UNet2DConditionModel; its time is the path's (0..T-1, or u * 1000).
 
     guidance: the scale that a network is told which wants to be told one, where `cond.extras["guidance"]` [B] gives none.
+    factor: pixels of an image side per latent pixel.
     """
 
-    def __init__(self, unet: Any, guidance: float = 7.5) -> None:
+    def __init__(self, unet: Any, guidance: float = 7.5, factor: int = 8) -> None:
         super().__init__()
-        self.unet, self.guidance = unet, guidance
+        self.unet, self.guidance, self.factor = unet, guidance, factor
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """x [B,C,H,W] (with cond.channels joined behind it), time [B], tokens [B,L,D] -> [B,C,H,W]."""

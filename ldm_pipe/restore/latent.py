@@ -43,5 +43,4 @@ class Latent(Operator):
 
     def guess(self, like: Tensor, y: Tensor, deviation: float = 0.0) -> Tensor:
         """The pixels' first estimate, encoded: A+ y of the whole would be the smallest latents that fit, not a picture's."""
-        image = y.new_zeros(len(like), 3, like.shape[2] * self.codec.factor, like.shape[3] * self.codec.factor)
-        return self.codec.encode(self.operator.guess(image, y, deviation))
+        return self.codec.encode(self.operator.guess(self.codec.decode(like), y, deviation))

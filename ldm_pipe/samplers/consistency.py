@@ -27,8 +27,8 @@ class Consistency(Sampler):
 
     With sigma_min 0 and no boundary it is LCM's.
 
-    sigma_min: where the network's trajectories end, in sigma / alpha. boundary: is the network an EDM one whose output is yet to be
-    weighted so that f(x, sigma_min) = x? data_std: of the data it was weighted with.
+    sigma_min: where the network's trajectories end, in sigma / alpha. boundary: is the network an EDM one whose output is yet
+    to be weighted so that f(x, sigma_min) = x? data_std: of the data it was weighted with.
     """
 
     sigma_min: float = 0.002
@@ -37,7 +37,8 @@ class Consistency(Sampler):
 
     def __post_init__(self) -> None:
         if not (0 <= self.sigma_min < 1 and self.data_std > 0):
-            raise UsageError(f"consistency: sigma_min takes 0 to 1, data_std above 0; got {self.sigma_min:g}, {self.data_std:g}")
+            got = f"{self.sigma_min:g} and {self.data_std:g}"
+            raise UsageError(f"consistency: sigma_min takes 0 to 1, data_std above 0; got {got}")
 
     def start(self, noise: Tensor, level: Level) -> Tensor:
         """sigma * noise."""

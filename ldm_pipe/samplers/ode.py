@@ -1,5 +1,6 @@
-"""The probability-flow ODE solved to a tolerance: Score-Based Generative Modeling through Stochastic Differential Equations, Song et
-al. 2020, arXiv 2011.13456, section 4.3 (there scipy's RK45; the log-likelihood of the same ODE is `analysis.log_likelihood`).
+"""The probability-flow ODE solved to a tolerance: Score-Based Generative Modeling through Stochastic Differential Equations,
+Song et al. 2020, arXiv 2011.13456, section 4.3 (there scipy's RK45; the log-likelihood of the same ODE is
+`analysis.log_likelihood`).
 
 In flow coordinates, y = x / (alpha + sigma) over u, the ODE is dy/du = noise - x0 for every path, finite at alpha = 0 and
 smooth down to sigma = 0.

@@ -27,8 +27,8 @@ class Restart(Sampler):
 
     The steps out of alpha = 0 and into sigma = 0 are Euler's. More evaluations than `steps` says: `times` * 2 * `inner` more.
 
-    times: how often it goes back up; 0 is Heun's. low, high: where, in sigma / alpha (the paper's t_min and t_max; that of the walk
-    nearest to low is taken). inner: steps of each descent. rho: of their Karras spacing.
+    times: how often it goes back up; 0 is Heun's. low, high: where, in sigma / alpha (the paper's t_min and t_max; that of
+    the walk nearest to low is taken). inner: steps of each descent. rho: of their Karras spacing.
     """
 
     times: int = 2
@@ -51,7 +51,8 @@ class Restart(Sampler):
 
     def walk(self, levels: Sequence[Level]) -> list[Level]:
         """The levels with the descents after the one nearest to `low`; as they are where none lies between low / 2 and high."""
-        gaps = {k: abs(math.log(lv.ratio / self.low)) for k, lv in enumerate(levels) if 0 < lv.ratio < self.high and lv.alpha > 0}
+        near = {k: lv.ratio for k, lv in enumerate(levels) if 0 < lv.ratio < self.high}
+        gaps = {k: abs(math.log(ratio / self.low)) for k, ratio in near.items()}
         place = min(gaps, key=gaps.__getitem__, default=None)
         if self.times == 0 or place is None or levels[place].ratio < self.low / 2:
             return list(levels)

@@ -1,13 +1,14 @@
 """Score-Based Generative Modeling through Stochastic Differential Equations, Song et al. 2020, arXiv 2011.13456: predictors
 (appendices D to F) and the Langevin corrector (algorithms 2 to 5) for the VE, VP and sub-VP SDE.
 
-The SDE is a choice of coordinates: any level is carried to the alpha and sigma which that SDE has at the same sigma / alpha, and
-the step is discretised there, with r = alpha_t / alpha_s, b = sigma_t^2 - r^2 sigma_s^2 and the score -noise / sigma_t:
+The SDE is a choice of coordinates: any level is carried to the alpha and sigma which that SDE has at the same sigma / alpha,
+and the step is discretised there, with r = alpha_t / alpha_s, b = sigma_t^2 - r^2 sigma_s^2 and the score -noise / sigma_t:
 
     reverse diffusion   x_s = (2 - r) x + b score + sqrt(b) z      (the forward transition turned around, eq. 46)
-    ancestral           the posterior's mean (x + b score) / r, with variance b (VP, eq. 4), or b sigma_s^2 / sigma_t^2 (VE, eq. 47)
-    Euler-Maruyama      the reverse SDE over its own clock, the integral of beta (VP, sub-VP), or sigma^2 (VE: as reverse diffusion)
-    Langevin            x + e score + sqrt(2 e) z,  e = 2 a (snr |z| / |score|)^2,  a = r^2 of the step (VP), 1 (VE)
+    ancestral           the posterior's mean (x + b score) / r, with variance b (VP, eq. 4), or b sigma_s^2 / sigma_t^2 (VE,
+    eq. 47) Euler-Maruyama      the reverse SDE over its own clock, the integral of beta (VP, sub-VP), or sigma^2 (VE: as
+    reverse diffusion) Langevin            x + e score + sqrt(2 e) z,  e = 2 a (snr |z| / |score|)^2,  a = r^2 of the step
+    (VP), 1 (VE)
 
 Of what the official code does two things are otherwise here: norms are those of each image and not a batch's mean, so that an
 image does not depend on its batch; and the walk ends with the noise-free mean E[x0 | x], exact at any last level.
@@ -30,7 +31,8 @@ from ldm_pipe.walk import Sampler, Step
 
 @dataclass(frozen=True)
 class ScoreSDE(Sampler):
-    """Predictor-corrector: a step of the reverse SDE, then Langevin steps at the level that was reached (1 + corrections calls).
+    """Predictor-corrector: a step of the reverse SDE, then Langevin steps at the level that was reached (1 + corrections
+    calls).
 
     The step into sigma = 0 is the mean, with one evaluation. Many steps are needed: the paper takes 1000.
 
@@ -73,7 +75,8 @@ class ScoreSDE(Sampler):
         s = level.ratio
         if math.isinf(s):
             if self.sde == "ve" or self.predictor == "euler_maruyama":
-                raise UsageError("score_sde cannot leave alpha = 0 by euler_maruyama or on the VE SDE; take vp and another predictor")
+                where = "by euler_maruyama or on the VE SDE; take vp and another predictor"
+                raise UsageError(f"score_sde cannot leave alpha = 0 {where}")
             return Level(0.0, 1.0)
         if self.sde == "ve":
             return Level(1.0, s)
@@ -90,7 +93,7 @@ class ScoreSDE(Sampler):
             return mean + (b if self.sde == "vp" else b * low**2 / high**2) ** 0.5 * z
         if self.predictor == "euler_maruyama" and self.sde != "ve":
             span = -2 * math.log(r)  # the integral of beta
-            g = span * (1 - here.alpha**2 if self.sde == "sub_vp" else 1.0)
+            g = span * (1 - here.alpha**4 if self.sde == "sub_vp" else 1.0)
             return x + span / 2 * x + g * score + g**0.5 * z
         return (2 - r) * x + b * score + b**0.5 * z
 

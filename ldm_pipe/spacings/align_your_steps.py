@@ -21,7 +21,8 @@ TABLES = {
 
 
 def align_your_steps(path: Path, steps: int, model: Literal["sd", "sdxl", "svd"] = "sd") -> list[Level]:
-    """The optimised levels of Stable Diffusion 1.5, XL or Video for few steps; other counts are interpolated (Sabour et al. 2024).
+    """The optimised levels of Stable Diffusion 1.5, XL or Video for few steps; other counts are interpolated (Sabour et al.
+    2024).
 
     model: which table. Its last level is left out: the walk ends clean.
     """

@@ -21,8 +21,8 @@ def given(
     """Exactly the levels that are given, one a step: --set spacing.file=NAME reads them from a text or JSON file.
 
     values: falling, the last one before clean (a 0 after it may stand there); as text, numbers with blanks or commas between.
-    unit: "sigma" is sigma / alpha, "time" the network's own, "u" is sigma / (alpha + sigma). Raises UsageError where they do not
-    fall, leave the path, or are not as many as `steps`.
+    unit: "sigma" is sigma / alpha, "time" the network's own, "u" is sigma / (alpha + sigma). Raises UsageError where they do
+    not fall, leave the path, or are not as many as `steps`.
     """
     count = checked(steps)
     numbers = _numbers(values)

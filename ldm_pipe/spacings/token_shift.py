@@ -1,8 +1,8 @@
 """The flow shift by the size of the image: more tokens need more noise to lose the same signal.
 
-Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al. 2024, arXiv 2403.03206, eq. 23: an image of
-m tokens is at the noise of one of n where sigma / alpha is sqrt(m / n) times as large. Flux makes the logarithm of that factor a
-line through two points instead (Black Forest Labs 2024; `calculate_shift` in its pipelines).
+Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al. 2024, arXiv 2403.03206, eq. 23: an image
+of m tokens is at the noise of one of n where sigma / alpha is sqrt(m / n) times as large. Flux makes the logarithm of that
+factor a line through two points instead (Black Forest Labs 2024; `calculate_shift` in its pipelines).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ldm_pipe.levels import trailing
 
 
 def zero_terminal(path: Path, steps: int) -> list[Level]:
-    """`trailing` with alpha shifted and scaled so that the walk begins at alpha = 0 and the least noise stays (Lin et al. 2023)."""
+    """`trailing` with alpha shifted and scaled: the walk begins at alpha = 0 and the least noise stays (Lin et al. 2023)."""
     walk = trailing(path, steps)[:-1]
     first, last = (_alpha(path.level(t)) for t in (path.first, path.last))
     if not 0 <= last < first:

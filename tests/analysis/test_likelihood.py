@@ -63,7 +63,9 @@ def test_signs_alone_are_exact_for_a_diagonal_divergence() -> None:
     assert got.tolist() == pytest.approx(plain.log_density(x, Level(0.9, 0.1)).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize(("low", "high", "probes"), [(NOISE, NOISE, None), (Level(0.5, 0.5), Level(0.9, 0.1), None), (Level(0.9, 0.1), NOISE, 0)])
+@pytest.mark.parametrize(
+    ("low", "high", "probes"), [(NOISE, NOISE, None), (Level(0.5, 0.5), Level(0.9, 0.1), None), (Level(0.9, 0.1), NOISE, 0)]
+)
 def test_what_cannot_be_is_refused(low: Level, high: Level, probes: int | None) -> None:
     with pytest.raises(UsageError, match="log_likelihood needs low below high"):
         log_likelihood(PRIOR, PRIOR.draw(1), low, high, probes=probes)

@@ -53,7 +53,8 @@ def test_the_same_seed_finds_the_same() -> None:
     def rough(times: tuple[int, ...]) -> float:
         return sum((t * 7919) % 101 for t in times)
 
-    runs = [Search(population=12, keep=3, mutations=6, crossovers=3, epochs=2, seed=s)(rough, 1000, [(900, 500, 20)]) for s in (4, 4, 5)]
+    small = {"population": 12, "keep": 3, "mutations": 6, "crossovers": 3, "epochs": 2}
+    runs = [Search(**small, seed=s)(rough, 1000, [(900, 500, 20)]) for s in (4, 4, 5)]
     assert runs[0] == runs[1] != runs[2]
 
 

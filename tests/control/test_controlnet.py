@@ -43,9 +43,7 @@ def test_guess_mode(ours: Draw, theirs: Draw, nets: list[Any], hints: list[Tenso
     close(ours(ControlNet(nets[0], hints[0], guess=True)), expected)
 
 
-def test_a_window_is_the_steps_inside_it(
-    ours: Draw, theirs: Draw, nets: list[Any], hints: list[Tensor], model: Model
-) -> None:
+def test_a_window_is_the_steps_inside_it(ours: Draw, theirs: Draw, nets: list[Any], hints: list[Tensor], model: Model) -> None:
     walk = levels.leading(model.path, 4)
     first = theirs(PIPELINE, {"controlnet": nets[0]}, image=hints[0], control_guidance_end=0.5)
     close(ours(ControlNet(nets[0], hints[0], lo=float(walk[1].u))), first)

@@ -90,8 +90,15 @@ def test_the_light_network_takes_residuals_as_diffusers_does(tmp_path: Any) -> N
     x, tokens, time = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 5, 12).double(), torch.tensor([9.0, 800.0])
     sizes = [(8, 8)] * 3 + [(8, 4)] + [(16, 4)] * 2
     down = [torch.randn(2, c, s, s).double() for c, s in sizes]
-    given: dict[str, Any] = {"down_block_additional_residuals": down, "mid_block_additional_residual": torch.randn(2, 16, 4, 4).double()}
-    for inside in (None, [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4)], [torch.randn(2, 8, 4, 4), *[torch.randn(2, 16, 4, 4)] * 2]):
+    given: dict[str, Any] = {
+        "down_block_additional_residuals": down,
+        "mid_block_additional_residual": torch.randn(2, 16, 4, 4).double(),
+    }
+    for inside in (
+        None,
+        [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4)],
+        [torch.randn(2, 8, 4, 4), *[torch.randn(2, 16, 4, 4)] * 2],
+    ):
         added = {} if inside is None else {"down_intrablock_additional_residuals": [t.double() for t in inside]}
         copies = {n: [t.clone() for t in v] for n, v in added.items()}
         expected = net(x, time, encoder_hidden_states=tokens, return_dict=False, **given, **copies)[0]

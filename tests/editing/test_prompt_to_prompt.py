@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import CFG, Noise, Pipeline, UsageError, build, guided, levels, sample
+from ldm_pipe import CFG, Cond, Noise, Pipeline, UsageError, build, guided, levels, sample
 from ldm_pipe.attention import Attending, Site, attention_rule
 from ldm_pipe.editing.prompt_to_prompt import PromptToPrompt, TokenMap, until
 
@@ -140,3 +140,32 @@ def test_the_hook_leaves_nothing_behind(pipe: Pipeline) -> None:
     assert all(cross == name.endswith("attn2") for name, cross in seen.items())
     with pytest.raises(UsageError, match="no attention that takes a rule"), attention_rule(torch.nn.Linear(1, 1), watch):
         pass
+
+
+def crossed(model: Any, rule: PromptToPrompt | None, same: bool = False, counted: int = 4) -> Tensor:
+    """Latents of a pair under tokens that are drawn, of which `counted` of 6 count."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = 4 * torch.randn(2, 6, 16, generator=generator)
+    tokens = tokens[:1].expand(2, 6, 16) if same else tokens
+    mask = (torch.arange(6) < counted).expand(2, 6)
+    branches = model.branches(cond=Cond(tokens=tokens, mask=mask), uncond=Cond(tokens=0 * tokens, mask=mask))
+    noise, denoise = Noise((7, 7), (4, 8, 8)), guided(branches, CFG(2.0))
+    denoise = Attending(model, rule)(denoise) if rule else denoise
+    return sample(denoise, noise.start(), levels.trailing(model.path, 4), build("sampler", "ddim"), noise)
+
+
+@pytest.mark.parametrize("kind", ["unet", "pixart"])
+def test_diffusers_networks_are_edited_by_the_same_laws(diffusers_model: Callable[[str], Any], kind: str) -> None:
+    """Equal prompts give equal rows, the source keeps every bit, nothing to edit changes none, each kind of map counts."""
+    model = diffusers_model(kind)
+    tokens = TokenMap(torch.eye(6), torch.zeros(6), torch.ones(6))
+    plain = crossed(model, None)
+    assert torch.equal(crossed(model, PromptToPrompt(tokens, cross=1.0, own=1.0)), plain)
+    for rule in (PromptToPrompt(tokens, cross=0.0, own=1.0), PromptToPrompt(tokens, cross=1.0, own=0.0)):
+        edited = crossed(model, rule)
+        assert torch.equal(edited[0], plain[0])
+        assert not torch.allclose(edited[1], plain[1], atol=1e-3)
+    alike = crossed(model, PromptToPrompt(tokens, cross=0.0, own=0.0), same=True)
+    torch.testing.assert_close(alike[1], alike[0], rtol=0, atol=2e-4)
+    both = crossed(model, PromptToPrompt(tokens, cross=0.0, own=0.0), same=True, counted=6)
+    assert kind == "unet" or not torch.allclose(both[1], alike[1], atol=1e-3), "the mask of the tokens is minded"

@@ -94,7 +94,7 @@ def test_a_threshold_above_one_is_the_inner_rule() -> None:
 
 def test_each_sample_decides_for_itself_and_the_sub_batch_shrinks() -> None:
     """A batch of four is four batches of one: the same images and the same evaluations, and they differ among each other."""
-    rule = Adaptive(0.999, float(WALK[4].u), CFG(3.0))
+    rule = Adaptive(0.99999, float(WALK[4].u), CFG(3.0))
     together, run = walked(rule, range(6))
     alone = [walked(rule, range(k, k + 1)) for k in range(6)]
     for k in range(6):

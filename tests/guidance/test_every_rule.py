@@ -20,7 +20,7 @@ from ldm_pipe.walk import sample
 
 WALK = [lv for lv in levels.leading(VP.scaled_linear(), 5) if lv.sigma] + [CLEAN]
 PLACES = tuple(float(lv.u) for lv in WALK[:-1])
-FIT = Fit("ddim", 5, 3.0, PLACES, tuple((0.1,) * t + (0.8,) for t in range(5)), tuple((0.05,) * t for t in range(5)))
+FIT = Fit("ddim", 5, 3.0, PLACES, tuple((0.1,) * t + (0.8,) for t in range(5)), ((), (0.1,), (0.1,), (0.1, 0.1), (0.1, 0.1)))
 # Fields of rules that cannot do without, and those with which a rule guides nothing at all.
 REQUIRED: dict[str, dict[str, Any]] = {"between": {"lo": 0.3, "hi": 0.8}, "linear_ag": {"fit": FIT}}
 NEUTRAL: dict[str, dict[str, Any]] = {

@@ -61,7 +61,11 @@ def test_prompts_and_guidance_show(saved: Saved, name: str) -> None:
     told = name in ("sd lcm", "flux dev")  # one branch, however strong the guidance
     assert pipe.bundle.embeds == told
     assert set(run(pipe, one, **pictures).evaluations) == (
-        {"cond"} if told or name == "flux schnell" else {"cond", "image", "uncond"} if name == "sd pix2pix" else {"cond", "uncond"}
+        {"cond"}
+        if told or name == "flux schnell"
+        else {"cond", "image", "uncond"}
+        if name == "sd pix2pix"
+        else {"cond", "uncond"}
     )
 
 

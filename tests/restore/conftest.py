@@ -78,6 +78,9 @@ class MatrixCodec:
     def decode(self, latents: Tensor) -> Tensor:
         return (latents.flatten(1) @ self.matrix.T).unflatten(1, SHAPE)
 
+    def raw(self, latents: Tensor) -> Tensor:
+        return latents
+
     def to(self, device: torch.device, dtype: torch.dtype) -> MatrixCodec:
         return self
 

@@ -42,6 +42,9 @@ class Halved:
     def decode(self, latents: Tensor) -> Tensor:
         return 2 * latents
 
+    def raw(self, latents: Tensor) -> Tensor:
+        return latents
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Halved:
         return self
 

@@ -295,3 +295,59 @@ def test_shapes_that_do_not_fit_are_refused(x: Tensor) -> None:
 
 def test_every_operator_has_a_name() -> None:
     assert set(registry.KINDS["operator"]) == {"pool", "bicubic", "blur", "blur_zero", "mask", "grey", "cs", "jpeg", "clip"}
+
+
+@pytest.mark.parametrize("text", ["pool(2)", "blur(gaussian, 1)", "grey", "mask(box)", "clip(0.7)"])
+def test_pushing_is_the_adjoint_of_pulling(text: str, x: Tensor) -> None:
+    """<J v, u> = <v, J' u>."""
+    known: Any = parse(text)
+    u = known(x.flip(0)) + 0.3
+    left, right = (known.push(x, x.flip(2)) * u).sum(), (x.flip(2) * known.pullback(x, u)).sum()
+    assert float((left - right).abs()) < 1e-10 * float(left.abs())
+    assert float(left.abs()) > 1e-3
+
+
+class Bent:
+    """A decoder that bends, twice as large as what it decodes."""
+
+    channels, factor = 3, 1
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return 2 * torch.sin(latents)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.asin(images / 2)
+
+
+def test_the_derivative_through_a_decoder_is_nearly_its_own(x: Tensor) -> None:
+    """By a difference as wide as a hundredth of the latents' deviation, for directions of any length."""
+    from ldm_pipe.restore.latent import Latent
+
+    for length in (1e-6, 1.0, 1e6):
+        v = length * x.flip(3)
+        found = Latent(parse("pool(2)"), Bent()).push(x, v)  # type: ignore[arg-type]
+        right = parse("pool(2)")(2 * torch.cos(x) * v)
+        assert float((found - right).norm() / right.norm()) < 0.02
+    assert bool((Latent(parse("pool(2)"), Bent()).push(x, 0 * x) == 0).all())  # type: ignore[arg-type]
+
+
+def test_a_step_that_would_miss_by_more_is_halved() -> None:
+    """Newton's step of atan(z) = 0 runs away from |z| > 1.39: from 3 it is -12.49, too far, as is its half; from 1 it is whole."""
+    from ldm_pipe.restore.function import Function
+
+    z = torch.tensor([3.0, 1.0, 0.0, 1e9], dtype=torch.float64).reshape(4, 1, 1, 1)
+    found = Function(torch.atan).prox(z, 0.0, torch.zeros(1, 1, 1, 1, dtype=torch.float64)).flatten()
+    whole = -torch.atan(z) * (1 + z**2)
+    assert float(found[0]) == pytest.approx(3 + float(whole[0]) / 4)
+    assert float(found[1]) == pytest.approx(1 + float(whole[1]))
+    assert float(found[2]) == 0
+    assert float(found[3]) == 1e9  # no sixty-fourth of it helps either: it stays
+
+
+def test_pulling_back_counts_towards_the_step() -> None:
+    """rho |d|^2 is a part of what may not grow: at rho 1e6 hardly anything moves."""
+    from ldm_pipe.restore.function import Function
+
+    z = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
+    moved = Function(torch.atan).prox(z, 1e6, torch.zeros(1, 1, 1, 1, dtype=torch.float64)) - z
+    assert float(moved) == pytest.approx(-float(torch.atan(z)) / 10 / 1e6, rel=1e-6)

@@ -55,8 +55,6 @@ SAMPLERS: list[Any] = [
     ("ddrm", DDRM, 100, 0.1, ".162/.036/.625", ".779/.427/.842"),
     ("ddnm+", DDNMPlus, 100, 0.1, ".162/.036/.625", ".779/.427/.842"),
     ("ilvr", lambda m: ILVR(m, DDPM()), 1000, 0.0, ".176/.086/1.003", "1.070/.553/1.396"),
-    ("adir 5", lambda m: ADIR(m), 1000, 0.1, ".329", ""),
-    ("adir 1", lambda m: ADIR(m, 1.0), 1000, 0.1, "1.489", ""),
     ("repaint once", lambda m: RePaint(m, DDPM()), 250, 0.0, ".179/.087/.941", "1.071/.555/1.365"),
 ]
 
@@ -86,6 +84,13 @@ def test_resampling_ten_times(reference: Make, grid: Grid, operator: str, printe
     problem = reference(operator, 0.0)
     found = problem.judge(problem.prior, RePaint(problem.measurement, DDPM()), jumps(grid(250)))
     assert agrees(found, printed), found
+
+
+@pytest.mark.parametrize(("scale", "operator", "w2"), [(1.0, "pool2", 1.489), (5.0, "pool2", 0.329), (5.0, "mask4", 0.505)])
+def test_adir(reference: Make, grid: Grid, scale: float, operator: str, w2: float) -> None:
+    problem = reference(operator, 0.1)
+    found = problem.judge(problem.prior, ADIR(problem.measurement, scale), grid(1000))
+    assert abs(found.w2 - w2) < 0.55e-3
 
 
 class Torch:

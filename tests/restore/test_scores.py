@@ -80,3 +80,32 @@ def test_dmps_in_dense_matrices(reference: Any, noise: Noise, operator: str, wei
     g = torch.linalg.solve(inner, (m.y - x.flatten(1) @ a.T / 0.6).T).T @ a / 0.6
     r = (0.6 / 0.8) ** 2
     assert torch.allclose((found - plain).flatten(1), weight * (1 - r) / r**0.5 * g, atol=1e-12)
+
+
+def test_dps_for_poisson_noise_divides_by_the_brightness(reference: Any, noise: Noise) -> None:
+    """By the mean of 1 / |y|, one picture at a time, and by no less than .05."""
+    prior, x = reference("pool2", 0.1).prior, noise.start()
+    y = torch.tensor([[0.5, -0.25, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64)
+    m = Measurement(reference("pool2", 0.1).measurement.operator, y)
+    plain, moved, divided = (
+        s.step(prior, x, HERE, THERE, None, noise.at(2)).x for s in (DDPM(), DPS(m, DDPM()), DPS(m, DDPM(), poisson=True))
+    )
+    share = torch.tensor([(2 + 4 + 1 + 20) / 4, 1.0, 10.0], dtype=torch.float64).reshape(3, 1, 1, 1)
+    assert torch.allclose(divided - plain, share * (moved - plain), atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", ["pool2", "mask4"])
+def test_adir_in_dense_matrices(reference: Any, noise: Noise, operator: str) -> None:
+    """m + s v 2 A' (y_t - A m), y_t at the level left; and s = 0 is ancestral sampling."""
+    from ldm_pipe.restore.adir import ADIR
+
+    problem, x = reference(operator, 0.1), noise.start()
+    a, estimate = problem.measurement.operator.matrix, problem.prior(x, HERE)
+    plain = DDPM().step(problem.prior, x, HERE, THERE, None, lambda tag="step": 0 * x).x.flatten(1)
+    v = (1 - 0.36 / 0.64) * 0.36 / 0.64
+    y_t = 0.6 * problem.measurement.y + 0.8 * estimate.noise.flatten(1) @ a.T
+    right = plain + 3.0 * v * 2 * (y_t - plain @ a.T) @ a + v**0.5 * noise.at(2)("step").flatten(1)
+    found = ADIR(problem.measurement, 3.0).step(problem.prior, x, HERE, THERE, None, noise.at(2)).x.flatten(1)
+    assert torch.allclose(found, right, atol=1e-12)
+    none = ADIR(problem.measurement, 0.0).step(problem.prior, x, HERE, THERE, None, noise.at(2)).x
+    assert torch.allclose(none, DDPM().step(problem.prior, x, HERE, THERE, None, noise.at(2)).x, atol=1e-14)

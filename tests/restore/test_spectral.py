@@ -13,7 +13,7 @@ from ldm_pipe import Level, Noise, levels, sample, trajectory
 from ldm_pipe.model import Estimate
 from ldm_pipe.path import VP
 from ldm_pipe.restore.ddnm import DDNM
-from ldm_pipe.restore.ddnm_plus import DDNMPlus
+from ldm_pipe.restore.ddnm_plus import DDNMPlus, DDNMScaled
 from ldm_pipe.restore.ddrm import DDRM
 from ldm_pipe.restore.mask import Mask
 from ldm_pipe.restore.matrix import Matrix
@@ -117,3 +117,38 @@ def test_real_operators_end_near_the_data() -> None:
         ends = [sample(prior, s.start(noise.start(), walk[0]), walk, s, noise) for s in (DDRM(m), DDNMPlus(m))]
         ends.append(sample(DDNM(m)(prior), noise.start(), walk, Renoise(), noise))
         assert [float(m.misfit(e).norm() / m.y.norm()) < w for e, w in zip(ends, (0.05, 1e-9, 1e-9), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("operator", ["pool2", "mask4"])
+@pytest.mark.parametrize("deviation", [0.0, 0.1, 0.6, 3.0])
+def test_the_scalar_form_in_dense_matrices(reference: Any, noise: Noise, operator: str, deviation: float) -> None:
+    """x_s = c x0' + c_t x + sqrt(v - (c l d)^2) z, x0' = x0 - l A+ (A x0 - y), l = min(1, sqrt(v) / (c d)); on the circle
+    c = sqrt(abar_s) b / (1 - abar_t), c_t = sqrt(r) (1 - abar_s) / (1 - abar_t), v = b (1 - abar_s) / (1 - abar_t)."""
+    problem, x, here, there = reference(operator, deviation), noise.start(), Level(0.6, 0.8), Level(0.8, 0.6)
+    a, y = problem.measurement.operator.matrix, problem.measurement.y
+    r = 0.36 / 0.64
+    b = 1 - r
+    c, ct, v = 0.8 * b / 0.64, r**0.5 * 0.36 / 0.64, b * 0.36 / 0.64
+    gain = 1.0 if deviation == 0 else min(1.0, v**0.5 / (c * deviation))
+    assert (gain < 1) == (deviation > 1)
+    x0 = problem.prior(x, here).x0.flatten(1)
+    fit = x0 - gain * (x0 @ a.T - y) @ torch.linalg.pinv(a).T
+    fresh = noise.at(2)("step").flatten(1)
+    right = c * fit + ct * x.flatten(1) + max(v - (c * gain * deviation) ** 2, 0.0) ** 0.5 * fresh
+    found = DDNMScaled(problem.measurement).step(problem.prior, x, here, there, None, noise.at(2)).x
+    assert torch.allclose(found.flatten(1), right, atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", ["pool2", "mask4"])
+def test_the_scalar_form_without_noise_is_ancestral_sampling_of_the_projected_x0(
+    reference: Any, grid: Any, noise: Noise, operator: str
+) -> None:
+    """DDNM's own algorithm 1: the noise follows from the new x0 there, as it does in the ancestral kernel."""
+    from ldm_pipe.restore.diffpir import DiffPIR
+    from ldm_pipe.samplers.ddpm import DDPM
+
+    problem = reference(operator, 0.0)
+    one = sample(problem.prior, noise.start(), grid(20), DDNMScaled(problem.measurement), noise)
+    other = sample(DiffPIR(problem.measurement, least=0.0)(problem.prior), noise.start(), grid(20), DDPM(), noise)
+    assert torch.allclose(one, other, atol=1e-11)
+    assert float(problem.measurement.misfit(one).abs().max()) < 1e-12

@@ -10,7 +10,7 @@ import torch
 from ldm_pipe import CLEAN, VP, Level, Noise, levels
 from ldm_pipe.analysis import gaussian_w2, outcome, read_walk
 from ldm_pipe.restore.ilvr import ILVR
-from ldm_pipe.restore.truncated import Truncated
+from ldm_pipe.restore.truncated import CCDF, Truncated
 from ldm_pipe.samplers.ddpm import DDPM
 
 SHAPE = (2, 2, 2)
@@ -53,8 +53,38 @@ def test_a_data_step_after_each_step(reference: Any) -> None:
     problem = reference("mask4", 0.0)
     tail = levels.tail(levels.leading(VP.linear(), 100, offset=0), 0.3)
     bare = Truncated(problem.measurement, DDPM())
-    merged = Truncated(problem.measurement, ILVR(problem.measurement, DDPM()))
+    merged = CCDF(problem.measurement, DDPM())
     ends = [problem.judge(problem.prior, sampler, tail) for sampler in (bare, merged)]
     assert ends[1].mean_error < ends[0].mean_error
     mean = outcome(problem.prior, tail, merged, SHAPE)[0].reshape(1, *SHAPE)
     assert float(problem.measurement.misfit(mean).abs().max()) < 1e-12
+    same = Truncated(problem.measurement, ILVR(problem.measurement, DDPM()))
+    for a, b in zip(outcome(problem.prior, tail, merged, SHAPE), outcome(problem.prior, tail, same, SHAPE), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ccdf_without_data_is_sdedit_and_difface_of_the_picture_too(reference: Any, noise: Noise) -> None:
+    """B = I is a mask that knows nothing; DifFace's estimate, where it is the picture itself, is SDEdit under its kernel."""
+    from ldm_pipe import sample
+    from ldm_pipe.restore.mask import Mask
+    from ldm_pipe.restore.operator import Measurement
+    from ldm_pipe.samplers.ddim import DDIM
+
+    prior, given = reference("pool2", 0.0).prior, torch.full((1, *SHAPE), 0.3, dtype=torch.float64)
+    nothing = Measurement(Mask(torch.zeros(1)), torch.zeros(1, *SHAPE))
+    for method, inner in ((CCDF, DDPM()), (Truncated, DDIM(0.5))):
+        sampler = method(nothing, inner, given, 0.4)
+        tail = sampler.walk(levels.leading(VP.linear(), 50))
+        assert tail == levels.tail(levels.leading(VP.linear(), 50), 0.4)
+        one = sample(prior, sampler.start(noise.start(), tail[0]), tail, sampler, noise)
+        assert torch.equal(one, sample(prior, tail[0].mix(given, noise.start()), tail, inner, noise))
+
+
+def test_two_walks_of_ccdf_come_nearer_than_two_of_sdedit(reference: Any) -> None:
+    """The data step is not expansive: the map of the whole walk shrinks."""
+    problem, tail = reference("mask4", 0.0), walk(200)
+    norms = [
+        float(torch.linalg.matrix_norm(read_walk(problem.prior, tail, method(problem.measurement, DDPM()), SHAPE).matrix, 2))
+        for method in (CCDF, Truncated)
+    ]
+    assert norms[0] < 0.9 * norms[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 from diffusers import CMStochasticIterativeScheduler
 from diffusers.schedulers import scheduling_consistency_models
 from torch import Tensor
@@ -18,9 +17,7 @@ Close = Callable[[Tensor, Tensor, float], None]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_equals_diffusers(
-    prior: Gaussian, noise: Noise, close: Close, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
+def test_equals_diffusers(prior: Gaussian, noise: Noise, close: Close, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Its own weights of the raw output F of an EDM network."""
     made = CMStochasticIterativeScheduler(clip_denoised=False)
     made.set_timesteps(steps)

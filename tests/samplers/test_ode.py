@@ -57,7 +57,8 @@ def test_the_pair_of_formulae_is_scipys() -> None:
         return torch.stack([-y[:, 1], y[:, 0]], dim=1) * (1 + 0.3 * math.sin(3 * t))
 
     y = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
-    theirs = solve_ivp(lambda t, v: f(t, torch.tensor(v)[None])[0].numpy(), (0, 0.4), y[0].numpy(), first_step=0.4, rtol=1, atol=1)
+    once = {"first_step": 0.4, "rtol": 1, "atol": 1}
+    theirs = solve_ivp(lambda t, v: f(t, torch.tensor(v)[None])[0].numpy(), (0, 0.4), y[0].numpy(), **once)
     assert integrate(f, y, 0.0, 0.4, 1.0)[0].tolist() == pytest.approx(theirs.y[:, -1].tolist(), abs=1e-14)
     far = integrate(f, y, 0.0, 20.0, 1e-9)
     assert float(far.norm()) == pytest.approx(float(y.norm()), abs=1e-6)

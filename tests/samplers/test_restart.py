@@ -57,7 +57,7 @@ def test_a_rise_is_a_draw_from_the_forward_process(prior: Gaussian) -> None:
 def test_restarts_remove_what_a_coarse_walk_got_wrong(prior: Gaussian) -> None:
     """The error of 6 coarse steps shrinks with every restart, down to that of the fine descents."""
     plain = [Flow().level(1000 * u) for u in (0.99, 0.9, 0.75, 0.6, 0.4, 0.1)]
-    right = plain[-1].alpha * prior.mean, plain[-1].alpha**2 * prior.covariance + plain[-1].sigma**2 * torch.eye(8).double()
+    right = plain[-1].alpha * prior.mean, plain[-1].alpha ** 2 * prior.covariance + plain[-1].sigma ** 2 * torch.eye(8).double()
     errors = []
     for times in (0, 1, 4):
         sampler = Restart(times, low=plain[-1].ratio, high=3.0, inner=24)

@@ -1,4 +1,4 @@
-"""Score SDE: diffusers' VE scheduler, the official VP formulas, moments that converge, and Langevin's formula and fixed point."""
+"""Score SDE: diffusers' VE scheduler, the official VP formulas, moments that converge, Langevin's formula and fixed point."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_vp_step_is_the_official_formula(prior: Gaussian, noise: Noise, close:
 
 
 def test_a_sub_vp_step_is_euler_maruyamas(prior: Gaussian, noise: Noise, close: Close) -> None:
-    """Eq. 29: alpha = exp(-B / 2), sigma = 1 - alpha^2, drift -beta x / 2, g^2 = beta (1 - e^-2B), and -log alpha^2 as the clock."""
+    """Eq. 29: alpha = exp(-B / 2), sigma = 1 - alpha^2, drift -beta x / 2, g^2 = beta (1 - e^-2B); the clock is B."""
     a, b = math.exp(-1.3), math.exp(-1.0)
     here, there, x = Level(a, 1 - a * a), Level(b, 1 - b * b), noise.start()
     right = x + 0.6 * (x / 2 + (1 - a**4) * prior.score(x, here)) + (0.6 * (1 - a**4)) ** 0.5 * noise.at(3)("step")
@@ -97,7 +97,9 @@ def test_the_moments_converge_with_first_order(prior: Gaussian, sde: Any, predic
 
 
 @pytest.mark.parametrize(("sde", "rate"), [("ve", 1.0), ("vp", None)])
-def test_langevin_is_its_formula_for_each_image(prior: Gaussian, noise: Noise, close: Close, sde: Any, rate: float | None) -> None:
+def test_langevin_is_its_formula_for_each_image(
+    prior: Gaussian, noise: Noise, close: Close, sde: Any, rate: float | None
+) -> None:
     here, there, x = VP.linear().level(600), VP.linear().level(560), noise.start()
     middle = ScoreSDE(sde, corrections=0).step(prior, x, here, there, None, noise.at(3)).x
     score, z = prior.score(middle, there), noise.at(3)("correct 0")

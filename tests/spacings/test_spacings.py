@@ -44,7 +44,7 @@ def test_lambda_has_even_steps_between_given_ends() -> None:
     walk = build("spacing", "lambda", sigma_min=0.1, sigma_max=10.0)(Flow(), 6)
     assert [b.log_snr - a.log_snr for a, b in pairwise(walk[:-1])] == pytest.approx([2 * math.log(100) / 5] * 5)
     assert (walk[0].ratio, walk[-2].ratio) == pytest.approx((10, 0.1))
-    with pytest.raises(UsageError, match="exponential needs .*this path ends in alpha = 0, give sigma_max"):
+    with pytest.raises(UsageError, match=r"exponential needs .*this path ends in alpha = 0, give sigma_max"):
         build("spacing", "lambda")(Flow(), 6)
 
 
@@ -71,7 +71,9 @@ def test_beta_is_denser_at_both_ends_and_even_for_one_and_one() -> None:
     assert even == pytest.approx([999 - 99.9 * i for i in range(10)], abs=0.51)
 
 
-@pytest.mark.parametrize(("model", "theirs"), [("sd", "StableDiffusion"), ("sdxl", "StableDiffusionXL"), ("svd", "StableDiffusionVideo")])
+@pytest.mark.parametrize(
+    ("model", "theirs"), [("sd", "StableDiffusion"), ("sdxl", "StableDiffusionXL"), ("svd", "StableDiffusionVideo")]
+)
 def test_align_your_steps_has_the_published_numbers(model: str, theirs: str) -> None:
     sigmas = AysSchedules[f"{theirs}Sigmas"]
     path = TABLE if model != "svd" else EDM(sigma_max=700.0)

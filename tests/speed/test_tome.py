@@ -38,7 +38,9 @@ def test_every_position_is_counted_once_and_answered() -> None:
         for row in range(3):
             assert sorted([*merge.takers.tolist(), *merge.keep[row].tolist(), *merge.gone[row].tolist()]) == list(range(64))
         back = merge.undo(merge(x))
-        assert torch.equal(back.gather(1, merge.keep[..., None].expand(-1, -1, 6)), x.gather(1, merge.keep[..., None].expand(-1, -1, 6)))
+        assert torch.equal(
+            back.gather(1, merge.keep[..., None].expand(-1, -1, 6)), x.gather(1, merge.keep[..., None].expand(-1, -1, 6))
+        )
 
 
 def test_the_merged_is_the_mean_and_goes_to_the_most_alike() -> None:

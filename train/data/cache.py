@@ -38,15 +38,16 @@ class Cache:
         """Where an entry is."""
         return self.folder / self.kind / key[:2] / f"{key}.safetensors"
 
-    def get(self, key: str) -> Tensor | None:
-        """An entry, None where there is none or it is damaged."""
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """An entry's tensors by name, None where there is none or it is damaged."""
         try:
-            return load(self.path(key).read_bytes())["value"]
-        except (OSError, SafetensorError, KeyError):
+            return load(self.path(key).read_bytes())
+        except (OSError, SafetensorError):
             return None
 
-    def fill(self, wanted: Mapping[str, Any], make: Callable[[Sequence[Any]], Tensor], batch: int = 8) -> int:
-        """Make what is missing of `wanted` (key -> what `make` takes, a batch at a time) and return how much that was.
+    def fill(self, wanted: Mapping[str, Any], make: Callable[[Sequence[Any]], dict[str, Tensor]], batch: int = 8) -> int:
+        """Make what is missing of `wanted` (key -> what `make` takes, a batch at a time) and return how much that was. `make`
+        gives named tensors, batch first.
 
         Raises NumericalError where a value is not finite; it is not kept.
         """
@@ -54,8 +55,9 @@ class Cache:
         for first in range(0, len(missing), batch):
             keys = missing[first : first + batch]
             values = make([wanted[k] for k in keys])
-            for key, value in zip(keys, values, strict=True):
-                if not torch.isfinite(value).all():
+            for i, key in enumerate(keys):
+                row = {name: value[i].contiguous() for name, value in values.items()}
+                if not all(torch.isfinite(t).all() for t in row.values()):
                     raise NumericalError(f"the {self.kind} of {str(wanted[key])[:80]!r} are not finite")
-                files.write(self.path(key), save({"value": value.contiguous()}), replace=True)
+                files.write(self.path(key), save(row), replace=True)
         return len(missing)

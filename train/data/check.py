@@ -76,4 +76,3 @@ def _buckets(found: dict[str, Size], sizes: Sequence[Size], batch: int) -> list[
             words = f"has {count} picture(s) and a step takes {batch}: they are seen several times in one step"
             faults.append(Fault(f"bucket {w}x{h}", words, fatal=False))
     return faults
-

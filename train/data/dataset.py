@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from PIL import Image
@@ -106,6 +106,11 @@ class Dataset:
         ]
         originals, digests = zip(*facts, strict=True)
         return cls(data, source, source.rows, originals, digests, data.sizes(side, step), group)
+
+    def part(self, rows: Sequence[int]) -> Dataset:
+        """Some of the rows as a data set of their own."""
+        lists = {n: tuple(getattr(self, n)[i] for i in rows) for n in ("rows", "originals", "digests")}
+        return replace(self, **lists)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -15,9 +15,18 @@ from train.world.sprites import objects, plural, sprite
 
 SIZE = 64
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 48, 49), "orange": (240, 140, 40), "yellow": (250, 222, 90), "green": (60, 160, 75),
-    "teal": (40, 165, 165), "blue": (50, 95, 205), "purple": (125, 65, 175), "pink": (245, 160, 195),
-    "brown": (120, 78, 48), "gray": (140, 140, 146), "white": (250, 250, 250), "black": (22, 22, 26),
+    "red": (214, 48, 49),
+    "orange": (240, 140, 40),
+    "yellow": (250, 222, 90),
+    "green": (60, 160, 75),
+    "teal": (40, 165, 165),
+    "blue": (50, 95, 205),
+    "purple": (125, 65, 175),
+    "pink": (245, 160, 195),
+    "brown": (120, 78, 48),
+    "gray": (140, 140, 146),
+    "white": (250, 250, 250),
+    "black": (22, 22, 26),
 }
 KINDS = ("one", "two", "count")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -93,8 +102,7 @@ def _two(rng: np.random.Generator, names: tuple[str, ...], relation: str) -> tup
     line = int(rng.integers(20, SIZE - 19))
     across = [int(np.clip(line + rng.integers(-4, 5) - s[1 - axis] // 2, 1, SIZE - 1 - s[1 - axis])) for s in shapes]
     return tuple(
-        Placed(names[i], sizes[i], at[i], across[i]) if axis else Placed(names[i], sizes[i], across[i], at[i])
-        for i in (0, 1)
+        Placed(names[i], sizes[i], at[i], across[i]) if axis else Placed(names[i], sizes[i], across[i], at[i]) for i in (0, 1)
     )
 
 

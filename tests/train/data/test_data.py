@@ -299,22 +299,22 @@ def test_check_is_silent_where_nothing_is_wrong(tmp_path: Path) -> None:
 def test_the_cache_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
     made: list[int] = []
 
-    def make(items: Any) -> torch.Tensor:
+    def make(items: Any) -> dict[str, torch.Tensor]:
         made.extend(items)
-        return torch.tensor([[float(i)] for i in items])
+        return {"value": torch.tensor([[float(i)] for i in items])}
 
     cache = Cache(tmp_path, "latents")
     wanted = {key_of(item=i): i for i in range(5)}
     assert cache.fill(wanted, make, batch=2) == 5
     assert cache.fill({**wanted, key_of(item=9): 9}, make) == 1
     assert made == [0, 1, 2, 3, 4, 9]
-    assert cache.get(key_of(item=3)).item() == 3  # type: ignore[union-attr]
+    assert cache.get(key_of(item=3))["value"].item() == 3  # type: ignore[index]
     broken = cache.path(key_of(item=3))
     broken.write_bytes(broken.read_bytes()[:-1])
     assert cache.get(key_of(item=3)) is None
     assert cache.fill(wanted, make) == 1
     with pytest.raises(NumericalError):
-        cache.fill({key_of(item=99): 99}, lambda items: torch.full((1, 1), float("nan")))
+        cache.fill({key_of(item=99): 99}, lambda items: {"value": torch.full((1, 1), float("nan"))})
     assert cache.get(key_of(item=99)) is None
 
 

@@ -1,0 +1,102 @@
+"""`--control FOLDER --control-image FILE`: steered, recorded, replayed, and refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_pipe import LdmError, UsageError, recipe
+from ldm_pipe.cli import main
+from ldm_pipe.request import Request
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nets: list[Any], adapters: list[Any]) -> Path:
+    """A working folder with a ControlNet, an adapter and two pictures."""
+    monkeypatch.chdir(tmp_path)
+    nets[0].save_pretrained("lines")
+    adapters[0].save_pretrained("sketch")
+    for name, seed in (("one", 1), ("two", 2)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(f"{name}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def flags(tiny: Tiny) -> list[str]:
+    return ["--model", str(tiny("eps")), "--dtype", "fp32", "--quiet"]
+
+
+def test_it_steers_and_replays(place: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    made = ["-p", "a fox", "--seed", "3", *flags]
+    control = ["--control", "lines", "--control-image", "one.png", "--control", "sketch", "--control-image", "two.png"]
+    scales = ["--control-scale", "0.8", "--control-scale", "0.5", "--set", "control.lo=0.2"]
+    assert main([*made, *control, *scales, "-o", "steered.png"]) == 0
+    assert main([*made, "-o", "plain.png"]) == 0
+    steered, plain = (np.asarray(Image.open(f"{n}.png")) for n in ("steered", "plain"))
+    assert not np.array_equal(steered, plain)
+    rows = recipe.read("steered.png").controls
+    assert [(r["name"], r["scale"], r["lo"]) for r in rows] == [("lines", 0.8, 0.2), ("sketch", 0.5, 0.2)]
+    capsys.readouterr()
+    assert main(["--replay", "steered.png", "--verify", *control, *flags]) == 0
+    assert capsys.readouterr().out == "steered.png: bit-equal\n"
+    assert main(["--replay", "steered.png", "--verify", *flags]) == 2
+    assert "made with 2, got 0" in capsys.readouterr().err
+    swapped = [w.replace("one.png", "x").replace("two.png", "one.png").replace("x", "two.png") for w in control]
+    assert main(["--replay", "steered.png", "--verify", *swapped, *flags]) == 2
+    assert "is not the picture" in capsys.readouterr().err
+    other = [w.replace("lines", "x").replace("sketch", "lines").replace("x", "sketch") for w in control]
+    assert main(["--replay", "steered.png", "--verify", *other, *flags]) == 2
+    assert "not the network" in capsys.readouterr().err
+
+
+def test_scale_0_is_no_control(place: Path, flags: list[str]) -> None:
+    made = ["-p", "a fox", "--seed", "3", *flags]
+    assert main([*made, "--control", "lines", "--control-image", "one.png", "--control-scale", "0", "-o", "none.png"]) == 0
+    assert main([*made, "-o", "plain.png"]) == 0
+    none, plain = (np.asarray(Image.open(f"{n}.png")) for n in ("none", "plain"))
+    assert np.array_equal(none, plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"control": ["a"]}, "go together, got 1 and 0"),
+        ({"control_scale": ["1"]}, "go with --control FOLDER"),
+        ({"set": ["control.lo=0.5"]}, "go with --control FOLDER"),
+        ({"control": ["a"], "control_image": ["b"], "control_scale": ["1", "2"]}, "one for each"),
+        ({"control": ["a"], "control_image": ["b"], "set": ["control.low=0.5"]}, "did you mean 'lo'"),
+        ({"control": ["a"], "control_image": ["b"], "set": ["control.lo=0.5", "control.hi=0.4"]}, "0 <= lo <= hi"),
+        ({"patch": ["controlnet(scale=2)"]}, "use --control"),
+    ],
+)
+def test_what_does_not_go_together(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Request.of({"prompt": ["a fox"], **given}).settings(None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: shutil.rmtree(f), "is not a folder"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text(json.dumps({"_class_name": "Evil"})), "takes ControlNetModel or T2IAdapter"),
+        (lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"x"), "is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_named(
+    damage: Callable[[Path], Any], words: str, place: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(place / "lines")
+    code = main(["-p", "a fox", *flags, "--control", "lines", "--control-image", "one.png"])
+    assert code == LdmError.exit_code + 1 == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""Backends of attention: one formula, whatever computes it; the fast one where it wins, within the error of bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_pipe import EnvironmentFault, Pipeline, UsageError, backends
+from ldm_pipe.attention import Site, attention_rule
+from ldm_pipe.networks.light_unet import Config, UNet
+from ldm_pipe.patch import changed
+
+Tiny = Callable[[str], Path]
+CPU = torch.device("cpu")
+
+
+def qkv(length: int = 300, other: int = 300, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(2, 3, n, 8, generator=generator).to(dtype) for n in (length, other, other))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "math", "fast"])
+def test_it_is_the_formula(name: str) -> None:
+    """In float64, to rounding."""
+    q, k, v = qkv(20, 7)
+    expected = torch.softmax(torch.einsum("bhld,bhmd->bhlm", q, k) / 8**0.5, -1) @ v
+    torch.testing.assert_close(backends.BACKENDS[name](q, k, v), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [256, 700])
+def test_fast_is_near_in_bf16(length: int) -> None:
+    """Also over several blocks of queries, one of them not full, and laid out so that the heads join without a copy."""
+    exact = backends.math(*qkv(length, 300))
+    out = backends.fast(*qkv(length, 300, torch.bfloat16))
+    assert float((out - exact).norm() / exact.norm()) < 0.02
+    assert out.transpose(1, 2).is_contiguous()
+    fused = F.scaled_dot_product_attention(*qkv(length, 300, torch.bfloat16))
+    assert not torch.equal(out, fused), "the fused kernel answered"
+
+
+def test_fast_leaves_the_rest_to_the_fused_kernel() -> None:
+    few, own = qkv(64, 64, torch.bfloat16), qkv(dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(backends.fast(*few), F.scaled_dot_product_attention(*few))
+        assert torch.equal(backends.fast(*own), F.scaled_dot_product_attention(*own))
+    q, k, v = (t.requires_grad_() for t in qkv(dtype=torch.bfloat16))
+    backends.fast(q, k, v).sum().backward()
+    assert q.grad is not None
+
+
+@torch.no_grad()
+def test_a_network_under_fast_is_no_further_from_fp32() -> None:
+    """Than under the fused kernel in the same dtype, x1.2, as it is asked of a whole Stable Diffusion step."""
+    torch.manual_seed(0)
+    widths, heads = (32, 64), 4
+    unet = UNet(
+        Config(
+            block_out_channels=widths, attention_head_dim=heads, cross_attention_dim=16, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        )
+    ).requires_grad_(False)  # fmt: skip
+    for weight in unet.parameters():
+        nn.init.normal_(weight, 0.02, 0.1)
+    x, time, tokens = torch.randn(1, 4, 32, 32), torch.tensor([500.0]), torch.randn(1, 5, 16)
+    exact = unet(x, time, tokens)[0]
+    unet.to(torch.bfloat16)
+    errors = {}
+    for name in ("sdpa", "fast"):
+        assert backends.choose(unet, name, CPU, torch.bfloat16) == name
+        errors[name] = float((unet(x.bfloat16(), time, tokens.bfloat16())[0].float() - exact).norm() / exact.norm())
+    assert errors["fast"] != errors["sdpa"]
+    assert errors["fast"] < 1.2 * errors["sdpa"]
+
+
+def test_auto_takes_fast_where_it_can_win(tiny: Tiny) -> None:
+    folder = str(tiny("eps"))
+    assert Pipeline.from_pretrained(folder, "cpu", "bf16").attention == "fast"
+    assert Pipeline.from_pretrained(folder, "cpu", "fp32").attention == "sdpa"
+    assert Pipeline.from_pretrained(folder, "cpu", "bf16", "math").attention == "math"
+
+
+@torch.no_grad()
+def test_rules_see_what_a_backend_gave(tiny: Tiny) -> None:
+    """And every backend gives the same images in fp32."""
+    images = {}
+    for name in ("sdpa", "math", "fast"):
+        pipe, seen = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", name), list[Tensor]()
+
+        def watch(site: Site, q: Tensor, k: Tensor, v: Tensor, out: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            torch.testing.assert_close(out, backends.math(q, k, v))
+            seen.append(out)
+            return out
+
+        with attention_rule(pipe.bundle.model, watch):
+            images[name] = pipe("a fox", seed=1, steps=2).latents
+        assert seen
+    for latents in images.values():
+        torch.testing.assert_close(latents, images["sdpa"], rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_names_and_machines_are_told(tiny: Tiny) -> None:
+    from diffusers import UNet2DConditionModel
+
+    with pytest.raises(UsageError, match="did you mean 'fast'"):
+        Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "fsat")
+    with pytest.raises(EnvironmentFault, match="xformers needs"):
+        Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "xformers")
+    theirs = UNet2DConditionModel.from_pretrained(tiny("eps") / "unet")
+    with pytest.raises(UsageError, match="takes sdpa or math"):
+        backends.choose(theirs, "fast", CPU, torch.bfloat16)
+    assert backends.choose(theirs, "auto", CPU, torch.bfloat16) == "sdpa"
+    assert backends.choose(theirs, "math", CPU, torch.float32) == "math"
+    assert "AttnProcessor'" in str({type(p).__name__ for p in theirs.attn_processors.values()})
+
+
+@torch.no_grad()
+def test_the_chosen_one_is_asked(tiny: Tiny) -> None:
+    """In every attention of the U-Net."""
+    pipe, asked = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "math"), 0
+
+    def counting(call: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return call(*args)
+
+    names = [n for n, m in pipe.bundle.model.named_modules() if getattr(m, "takes_rules", False)]
+    assert all(m.attend is backends.math for m in map(pipe.bundle.model.get_submodule, names))
+    with changed(pipe.bundle.model, {n: [counting] for n in names}):
+        pipe("a fox", seed=1, steps=1, guidance_scale=1.0)
+    assert asked == len(names)

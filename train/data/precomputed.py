@@ -1,0 +1,112 @@
+"""Latents and text features of a data set under one model, made once and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_pipe import files, image
+from ldm_pipe.errors import UsageError
+from train.data.cache import Cache, key_of
+from train.data.dataset import Data, Dataset, Seen
+from train.data.order import Visit
+
+AGAIN = "they are made when the run is started again"
+
+
+def digest(source: Path, part: str) -> str:
+    """Of the weights and settings of one part of a model's folder ("": of all)."""
+    found = sorted({*(source / part).rglob("*.safetensors"), *(source / part).rglob("*config.json")})
+    return key_of(files=[[f.relative_to(source).as_posix(), files.sha256(f)] for f in found])
+
+
+def pixels(dataset: Dataset, seen: Seen) -> Tensor:
+    """A cut picture, [3,H,W] in -1..1."""
+    return image.to_tensor([dataset.picture(seen)])[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Precomputed:
+    """The caches that belong to a model (its folder, and loaded) and a [data] table."""
+
+    source: Path
+    bundle: Any
+    data: Data
+
+    @cached_property
+    def _latents(self) -> Cache:
+        return Cache(Path(self.data.cache), "latents")
+
+    @cached_property
+    def _texts(self) -> Cache:
+        return Cache(Path(self.data.cache or "runs/cache"), "text")
+
+    @cached_property
+    def _vae(self) -> str:
+        return digest(self.source, "vae")
+
+    @cached_property
+    def _text(self) -> str:
+        parts = (p for p in sorted(self.source.iterdir()) if p.name.startswith(("text_encoder", "tokenizer")))
+        index = files.sha256(self.source / "model_index.json")  # where a model of classes names them
+        return key_of(parts=[digest(self.source, p.name) for p in parts], index=index)
+
+    def _latent_key(self, dataset: Dataset, seen: Seen) -> str:
+        content = {"picture": dataset.digests[seen.row], "geometry": list(seen.geometry)}
+        return key_of(weights=self._vae, dtype="fp16" if self.data.half else "fp32", **content)
+
+    def _text_key(self, caption: str) -> str:
+        return key_of(weights=self._text, caption=caption, dtype="fp32")
+
+    def fill_latents(self, dataset: Dataset) -> int:
+        """Make the latents that are missing, of all variants of all pictures. Returns how many."""
+        rows = range(len(dataset))
+        seen = [Seen(i, v, dataset.cut(0, Visit(i, v, 0)), "") for i in rows for v in range(dataset.data.variants)]
+        by_size: dict[tuple[int, int], dict[str, Seen]] = {}
+        for s in seen:
+            by_size.setdefault(s.geometry.size, {})[self._latent_key(dataset, s)] = s
+
+        def make(wanted: Sequence[Seen]) -> dict[str, Tensor]:
+            with torch.no_grad():
+                latents = self.bundle.codec.encode(torch.stack([pixels(dataset, s) for s in wanted]))
+            return {"value": latents.to(torch.float16 if self.data.half else torch.float32)}
+
+        return sum(self._latents.fill(wanted, make) for wanted in by_size.values())
+
+    def fill_text(self, captions: Sequence[str]) -> int:
+        """Make the text features that are missing. Returns how many."""
+
+        def make(wanted: Sequence[str]) -> dict[str, Tensor]:
+            cond = self.bundle.text(wanted)
+            named = {"tokens": cond.tokens, "pooled": cond.pooled, "mask": cond.mask, **cond.extras}
+            return {n: t for n, t in named.items() if t is not None}
+
+        return self._texts.fill({self._text_key(c): c for c in captions}, make, batch=64)
+
+    def latent(self, dataset: Dataset, seen: Seen) -> Tensor:
+        """The latent of a visit, fp32 [C,h,w]. Raises UsageError where it is gone."""
+        found = self._latents.get(self._latent_key(dataset, seen))
+        if found is None:
+            raise UsageError(f"the cached latent of {dataset.name(seen)!r} is gone from {self.data.cache!r}; {AGAIN}")
+        return found["value"].float()
+
+    def encoded(self, dataset: Dataset, seen: Seen) -> Tensor:
+        """The latent of a visit, [1,C,h,w], from the cache where there is one."""
+        if self.data.cache:
+            return self.latent(dataset, seen)[None]
+        with torch.no_grad():
+            return self.bundle.codec.encode(pixels(dataset, seen)[None])
+
+    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Text features by name, the captions first. Raises UsageError where one is gone."""
+        rows = [self._texts.get(self._text_key(c)) for c in captions]
+        if any(r is None for r in rows):
+            raise UsageError(f"cached text features are gone from {str(self._texts.folder)!r}; {AGAIN}")
+        whole = [r for r in rows if r is not None]
+        return {n: torch.stack([r[n] for r in whole]) for n in whole[0]}

@@ -1,0 +1,58 @@
+"""A trained model as a folder again: the old folder's files, the new weights, and digests that `load` compares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ldm_pipe import files
+from ldm_pipe.loading import SUMS
+from ldm_pipe.parts import WEIGHTS
+
+
+def copy(source: Path, folder: Path, without: Sequence[str]) -> None:
+    """Copy a model's folder, all but the weights of the parts named in `without` and the digests."""
+
+    def skip(place: str, names: list[str]) -> set[str]:
+        weights = {n for n in names if Path(place).name in without and n.endswith((".safetensors", ".bin", ".index.json"))}
+        return weights | {n for n in names if n == SUMS or n.startswith(".")}
+
+    shutil.copytree(source, folder, ignore=skip, dirs_exist_ok=True)
+
+
+def write_part(source: Path, folder: Path, part: str, module: Any, renamed: Callable[[str], str | None] = str) -> None:
+    """Write the weights of one part: by its own library, or (a light network) under the names of the file they came from."""
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained(folder / part)
+        return
+    state = module.state_dict()
+    file = WEIGHTS["transformers" if part.startswith("text_encoder") else "diffusers"]
+    with safe_open(source / part / file, framework="pt") as old:
+        names = {n: renamed(n) for n in old.keys()}  # noqa: SIM118  (it is no mapping)
+        kept = {n: state[own].detach().cpu().contiguous() if own else old.get_tensor(n) for n, own in names.items()}
+    (folder / part).mkdir(exist_ok=True)
+    save_file(kept, folder / part / file, metadata={"format": "pt"})
+
+
+def add_words(folder: Path, captions: Sequence[str]) -> None:
+    """Where a model lists the words it knows, add those that it was now taught."""
+    from ldm_pipe.text import _words
+
+    path = folder / "ldm_pipe.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if settings.get("words"):
+        settings["words"] = sorted({*settings["words"], *(w for c in captions for w in _words(c))})
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS of every weight file."""
+    found = sorted(folder.rglob("*.safetensors"))
+    lines = [f"{files.sha256(f)}  {f.relative_to(folder).as_posix()}\n" for f in found]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,59 @@
+"""The module that diffusion jobs train: the denoising loss of a batch, and what is frozen around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe.cond import Cond
+from train.objectives.objective import Objective
+from train.objectives.uncertainty import LogVariance
+
+
+class DenoiserLoss(nn.Module):
+    """A bundle's network under an objective. Only what is trained is a part of it, so checkpoints hold nothing else.
+
+    text: the text encoder, where it is trained along; else prompts come encoded, or as ids that the frozen one encodes.
+    """
+
+    def __init__(
+        self, bundle: Any, objective: Objective, text: nn.Module | None = None, uncertainty: LogVariance | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.uncertainty = bundle.model, objective, uncertainty
+        self.text = text.requires_grad_(True).eval() if text is not None else None
+        self.frozen = {"codec": bundle.codec, "text": bundle.text}  # in a mapping: no modules of this one
+
+    def train(self, mode: bool = True) -> DenoiserLoss:
+        """Dropout stays off: it would draw from torch's own generator, whose state no checkpoint holds."""
+        super().train(False)
+        return self
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> loss; error: the plain squared one; each, u: [B]."""
+        cond = self._cond(batch)
+        x0 = batch["x0"] if "x0" in batch else self._latents(batch["images"])
+        terms = self.objective(self.model, x0, batch, cond, batch.get("mask"), self.uncertainty)
+        return {"loss": terms.loss.mean(), "error": terms.error.mean(), "each": terms.loss.detach(), "u": terms.u}
+
+    def _cond(self, batch: dict[str, Tensor]) -> Cond:
+        """The text, and in the extras whatever else a network may want to know (SDXL: the sizes of the cut)."""
+        named = {n.removeprefix("text_"): t for n, t in batch.items() if n.startswith("text_")}
+        fields = {n: named.pop(n) for n in ("tokens", "pooled", "mask") if n in named}
+        if "ids" in batch:
+            fields["tokens"] = self._encoded(batch["ids"])
+        return Cond(**fields, extras=named)  # type: ignore[arg-type]
+
+    def _encoded(self, ids: Tensor) -> Tensor:
+        if self.text is not None:
+            return self.text(ids).last_hidden_state
+        with torch.no_grad():
+            return self.frozen["text"].to(ids.device, torch.float32).encoder(ids).last_hidden_state
+
+    @torch.no_grad()
+    def _latents(self, images: Tensor) -> Tensor:
+        self.frozen["codec"] = self.frozen["codec"].to(images.device, torch.float32)
+        with torch.autocast(images.device.type, enabled=False):  # half precision overflows in some codecs
+            return self.frozen["codec"].encode(images)

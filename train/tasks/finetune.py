@@ -1,0 +1,226 @@
+"""Full fine-tuning of a model on a folder of pictures: its U-Net (or transformer), and on request its text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe import loading, strict, tokens
+from ldm_pipe.errors import UsageError
+from ldm_pipe.networks import light_clip
+from ldm_pipe.parts import read_json
+from ldm_pipe.text import clean
+from train import folder as model_folder
+from train import gradient_checkpointing, validation
+from train.data.check import check_data
+from train.data.dataset import Data, Dataset, Seen
+from train.data.order import Visit, stream
+from train.data.precomputed import Precomputed, digest, pixels
+from train.data.source import Fault
+from train.job import Batch, Job, Task
+from train.objectives.denoiser import DenoiserLoss
+from train.objectives.objective import Objective, read
+from train.objectives.uncertainty import LogVariance
+
+
+@dataclass(frozen=True)
+class Finetune(Task):
+    """Trains a loaded model on, in its own path and prediction; the export is a model folder like the one it began with.
+
+    model: "builtin" or a folder. data, objective: the tables of train/data/dataset.py and train/objectives/objective.py.
+    train_network, train_text: what is trained. gradient_checkpointing: less memory, more time. log_variance: learn a
+    weight per level (EDM2). held_out: pictures kept out of training, for the validation loss. prompts: of the validation
+    pictures. group: set by the loop.
+    """
+
+    TABLES: ClassVar[Mapping[str, type]] = {"data": Data}
+
+    data: dict[str, Any]
+    model: str = "builtin"
+    objective: dict[str, Any] = field(default_factory=dict)
+    train_network: bool = True
+    train_text: bool = False
+    gradient_checkpointing: bool = False
+    log_variance: bool = False
+    held_out: int = 0
+    prompts: tuple[str, ...] = ()
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.train_network or self.train_text):
+            raise UsageError("nothing is trained: set train_network or train_text")
+        strict.build(Data, self.data, "[data]")
+        read(self.objective)
+
+    def grouped(self, size: int) -> Finetune:
+        """The same task for steps of `size` samples, which are then of one shape."""
+        return dataclasses.replace(self, group=size)
+
+    @cached_property
+    def source(self) -> Path:
+        """The model's folder."""
+        return loading.BUILTIN if self.model == "builtin" else Path(self.model)
+
+    @cached_property
+    def bundle(self) -> Any:
+        """The model, loaded."""
+        return loading.load(self.model)
+
+    @cached_property
+    def plan(self) -> Objective:
+        """The objective of the recipe."""
+        return read(self.objective)
+
+    @cached_property
+    def settings(self) -> Data:
+        """The [data] table."""
+        return strict.build(Data, self.data, "[data]")
+
+    @cached_property
+    def _split(self) -> tuple[Dataset, Dataset | None]:
+        side, step = shape_of(self.source)
+        whole = Dataset.open(self.settings, side, step, self.group)
+        if not self.held_out:
+            return whole, None
+        if self.held_out >= len(whole):
+            raise UsageError(f"held_out is {self.held_out} and {self.settings.path} holds {len(whole)} pictures")
+        order = [int(i) for i in stream(0, "held out", 0).permutation(len(whole))]
+        return whole.part(sorted(order[self.held_out :])), whole.part(sorted(order[: self.held_out]))
+
+    @property
+    def dataset(self) -> Dataset:
+        """What is trained on."""
+        return self._split[0]
+
+    def facts(self) -> dict[str, str]:
+        """Digests of the data and of the weights that training began with."""
+        return {"data": self.dataset.facts, "weights": digest(self.source, "")}
+
+    @cached_property
+    def precomputed(self) -> Precomputed:
+        """The caches of latents and text features."""
+        return Precomputed(self.source, self.bundle, self.settings)
+
+    @property
+    def _live_text(self) -> bool:
+        """Are prompts encoded at every step?"""
+        return self.train_text or self.settings.shuffle
+
+    def _captions(self) -> list[str]:
+        return list(dict.fromkeys(c for d in filter(None, self._split) for c in d.captions()))
+
+    # --- the network
+
+    def net(self) -> nn.Module:
+        """The trainable module; latents and text features that are missing from the cache are made first."""
+        bundle = self.bundle
+        self.plan.check(bundle.model)
+        if self.train_text and not hasattr(bundle.text, "encoder"):
+            raise UsageError("train_text: the text encoders of this model cannot be trained; only a single CLIP can")
+        if self.settings.cache:
+            for dataset in filter(None, self._split):
+                self.precomputed.fill_latents(dataset)
+        if not self._live_text:
+            self.precomputed.fill_text(self._captions())
+        bundle.model.requires_grad_(self.train_network)
+        if self.gradient_checkpointing:
+            gradient_checkpointing.use(bundle.model)
+        text = bundle.text.encoder if self.train_text else None
+        return DenoiserLoss(bundle, self.plan, text, LogVariance() if self.log_variance else None)
+
+    # --- a batch
+
+    def batch(self, seed: int, ids: Sequence[int]) -> Batch:
+        """x0 [B,C,h,w] (or images [B,3,H,W]), what the objective draws, the text, the mask; names of the pictures."""
+        data = self.dataset
+        seen = [data.seen(seed, i) for i in ids]
+        codec = self.bundle.codec
+        shape = (codec.channels, *(side // codec.factor for side in reversed(seen[0].geometry.size)))
+        draws = [self.plan.draw(stream(seed, "noise", s.row, s.visit), shape) for s in seen]
+        batch: Batch = {n: torch.from_numpy(np.stack([d[n] for d in draws])) for n in draws[0]}
+        captions = [s.caption for s in seen]
+        if self._live_text:
+            batch["ids"] = torch.tensor(self.bundle.text.tokenizer([clean(c) for c in captions], self.bundle.text.window))
+        else:
+            batch |= {f"text_{n}": t for n, t in self.precomputed.text(captions).items()}
+        batch["text_sizes"] = torch.tensor([s.geometry.time_ids for s in seen], dtype=torch.float32)
+        if self.settings.cache:
+            batch["x0"] = torch.stack([self.precomputed.latent(data, s) for s in seen])
+        else:
+            batch["images"] = torch.stack([pixels(data, s) for s in seen])
+        masks = [data.mask(s) for s in seen]
+        if any(masks):
+            batch["mask"] = torch.stack([_small(m, shape) for m in masks])
+        return {**batch, "names": [data.name(s) for s in seen]}
+
+    # --- what comes out
+
+    def validate(self, net: Any, folder: Path) -> dict[str, float]:
+        """The loss on held-out pictures by level, and pictures of the prompts."""
+        found: dict[str, float] = {}
+        held = self._split[1]
+        if held is not None:
+            seen = [Seen(i, 0, held.cut(0, Visit(i, 0, 0)), (*held.rows[i].captions, "")[0]) for i in range(len(held))]
+            device = next(net.parameters()).device
+            latents = [self.precomputed.encoded(held, s).to(device) for s in seen]
+            conds = [self.bundle.text([s.caption]).to(device) for s in seen]
+            found = validation.banded_loss(self.bundle.model, latents, conds)
+        if self.prompts:
+            validation.draw(self.bundle, self.prompts, folder)
+        return found
+
+    def export(self, net: Any, folder: Path) -> None:
+        """The whole model, with what was trained in it."""
+        network = _network_part(self.source)
+        trained = [network] * self.train_network + ["text_encoder"] * self.train_text
+        model_folder.copy(self.source, folder, trained)
+        if self.train_network:
+            inner = self.bundle.model.network
+            model_folder.write_part(self.source, folder, network, getattr(inner, network, None) or next(inner.children()))
+        if self.train_text:
+            encoder = self.bundle.text.encoder
+            model_folder.write_part(self.source, folder, "text_encoder", encoder, light_clip.renamed)
+        model_folder.add_words(folder, self._captions())
+        model_folder.write_sums(folder)
+
+    def check(self, job: Job) -> list[Fault]:
+        """Faults of the data, by the sizes and the tokenizer of the model; no weight is read."""
+        side, step = shape_of(self.source)
+        sizes, encoder = self.settings.sizes(side, step), self.source / "text_encoder" / "config.json"
+        if not encoder.exists():  # a model of classes
+            return check_data(self.settings, sizes, job.batch)
+        config = read_json(encoder)
+        tokenizer = tokens.read(self.source / "tokenizer", int(config["vocab_size"]))
+        length = tokenizer.length if tokenizer else None
+        return check_data(self.settings, sizes, job.batch, length, int(config.get("max_position_embeddings", 77)))
+
+
+def shape_of(source: Path) -> tuple[int, int]:
+    """(side in pixels that a model is made for, what a side must be a multiple of), from its configuration alone."""
+    vae, network = (read_json(source / part / "config.json") for part in ("vae", _network_part(source)))
+    factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    unit = 2 ** (len(network["block_out_channels"]) - 1) if "block_out_channels" in network else network.get("patch_size", 2)
+    defaults = read_json(source / "ldm_pipe.json") if (source / "ldm_pipe.json").exists() else {}
+    size = network.get("sample_size", 64)
+    own = int(size if isinstance(size, int) else min(size)) * factor
+    return min(defaults.get("size", [own])), factor * unit
+
+
+def _network_part(source: Path) -> str:
+    return "unet" if (source / "unet").is_dir() else "transformer"
+
+
+def _small(mask: Any, shape: tuple[int, ...]) -> Tensor:
+    """A grey mask at the size of latents, [1,h,w] in 0..1; all ones where there is none."""
+    if mask is None:
+        return torch.ones(1, *shape[1:])
+    grey = np.asarray(mask.resize((shape[2], shape[1]), 4), dtype=np.float32)  # 4: the mean over each latent's pixels
+    return torch.from_numpy(grey)[None] / 255
