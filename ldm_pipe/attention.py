@@ -227,8 +227,8 @@ def module_named(network: nn.Module, name: str) -> nn.Module:
     found = [name] if name in names else [n for n in names if n.endswith(f".{name}")]
     if len(found) == 1:
         return names[found[0]]
-    near = ", ".join((found or difflib.get_close_matches(name, names, 5, 0.3))[:5]) or "nothing of it"
-    raise UsageError(f"{name!r} fits {len(found) or 'no'} modules of the network; one would fit {near}")
+    near = ", ".join((found or difflib.get_close_matches(name, names, 5, 0.3))[:5])
+    raise UsageError(f"{name!r} fits {len(found) or 'no'} modules of the network{near and '; one would fit '}{near}")
 
 
 @dataclass(frozen=True, eq=False)

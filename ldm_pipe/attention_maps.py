@@ -39,10 +39,10 @@ def recorded_in(folder: str, pipe: Pipeline, whole: Plan) -> Plan:
         for picture, found in zip(pictures, maps, strict=True):
             prompt, seed = whole.rows[done[0]]
             words = of_words(found, _spans(text.tokenizer, text.window, prompt))
-            tiles = [_captioned(picture, ""), *(_captioned(_lit(picture, m), word.split(" ")[1]) for word, m in words.items())]
+            lit = [_captioned(_lit(picture, m), word.split(" ")[1]) for word, m in words.items()]
             done[0] += 1
             out = io.BytesIO()
-            grid(tiles).save(out, "PNG")
+            grid([_captioned(picture, ""), *lit]).save(out, "PNG")
             files.write(Path(folder) / f"{done[0]:03}-{seed}.png", out.getvalue(), replace=True)
         said = f"{len(pictures)} sheet(s) of attention maps are in {folder!r}"
         return said if earlier is None else f"{earlier(images)}; {said}"
@@ -51,7 +51,7 @@ def recorded_in(folder: str, pipe: Pipeline, whole: Plan) -> Plan:
 
 
 def _spans(tokenizer: Any, window: int, prompt: str) -> dict[str, range]:
-    """The words of a prompt, "3 word" for the third, each with its places among the tokens; what the window cuts is left out."""
+    """The words of a prompt, "3 word" for one, each with its places among the tokens; what the window cuts is left out."""
     found, place = {}, 1
     for k, word in enumerate(prompt.lower().split()):
         end = place + tokenizer.length(word) - 2

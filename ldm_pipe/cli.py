@@ -56,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     add("-p", "--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times; - reads stdin")
     add("--prompts", metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": ..., "seed": ...}')
     add("-n", "--negative-prompt", metavar="TEXT", help="what to move away from")
-    add("-m", "--model", metavar="SOURCE", help="builtin (default), or a folder in diffusers' layout")
+    add("-m", "--model", metavar="SOURCE", help="builtin (default), a folder in diffusers' layout, or a .safetensors file "
+        "of Stable Diffusion 1, 2 or XL")
     add("-o", "--output", metavar="PATH", help="a folder, or a .png, .jpg or .webp name in which fields are filled in: "
         f"{fields}, or {{index:03}}; a filled-in name that is taken gets a number (default: outputs/{NAME})")
     add("--num-images", metavar="N", help="images per prompt; image k has seed + k (default: 1)")
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         "several times (--set control.lo=0.3: while the noise u is above; control.guess=true)")
     add("--control-image", action="append", metavar="FILE", help="with --control: the picture that it reads, one for each")
     add("--control-scale", action="append", metavar="X", help="with --control: how strongly it acts, one for each (default: 1)")
+    add("--hires", metavar="2x", help="draw at the model's own size, then enlarge and draw over (--set hires.strength=0.5)")
     add("--attention-maps", metavar="DIR", help="also write where each image looks at each word, one sheet an image")
     add("--patch", action="append", metavar="PATCH", help='what changes the network for the run, such as "deepcache(2)"; may be '
         "given several times (--list patches)")
@@ -105,6 +107,7 @@ def _of_the_run(add: Callable[..., Any]) -> None:
     add("--preview", metavar="FILE", help="show the estimate after every step, in a picture file or in the terminal (terminal)")
     add("--sweep", nargs="+", metavar="K=V,V", help="all combinations from the same noise as one labelled sheet and a JSON file, "
         "such as sampler=ddim,euler steps=10,20 sampler.eta=0,1")
+    add("--check", action="store_true", help="load --model, say what it is and what an image will take, and exit")
     add("--doctor", action="store_true", help="compare dtypes and attention backends on this machine, and exit")
     add("--list", nargs="?", const="all", metavar="KIND", help=f"show {', '.join(commands.PLURALS)} or words, and exit")
     add("--show", metavar="IMAGE", help="print what an image was made with, and exit (--json: everything)")

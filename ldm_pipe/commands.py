@@ -7,11 +7,11 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import compare, recipe, registry
+from ldm_pipe import attention_maps, check, compare, recipe, registry
 from ldm_pipe.errors import ModelError, UsageError, unknown
 from ldm_pipe.output import Target
 from ldm_pipe.request import Request
@@ -21,7 +21,6 @@ from ldm_pipe.watch import Watch
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import Output, Pipeline
     from ldm_pipe.plan import Plan
-    from ldm_pipe.walk import Step
 
 PLURALS = {f"{kind}{'es' if kind.endswith('ch') else 's'}": kind for kind in registry.KINDS}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -31,6 +30,8 @@ def run(request: Request) -> int:
     """Do what is asked; the exit code."""
     if request.list is not None:
         return _list(request.list)
+    if request.check:
+        return check.examine(request)
     if request.doctor:
         return compare.examine(request)
     if request.show is not None:
@@ -96,8 +97,12 @@ def _generate(request: Request) -> int:
     hints = sources.pop("controls")
 
     def planned(settings: dict[str, Any]) -> Plan:
-        whole = request.controls().applied(pipe, _plan(request, pipe, prompts, settings, dict(sources)), hints)
-        return request.patches().applied(pipe, whole)
+        def dress(plan: Plan) -> Plan:
+            return request.patches().applied(pipe, request.controls().applied(pipe, plan, hints))
+
+        whole, hires, folder = _plan(request, pipe, prompts, settings, dict(sources)), request.enlarged(), request.attention_maps
+        whole = dress(whole) if hires is None else hires.applied(pipe, whole, dress)
+        return whole if folder is None else attention_maps.recorded_in(folder, pipe, whole)
 
     if request.sweep:
         return compare.sweeps(request, pipe, settings, planned, target, lambda out: _values(out, pipe, 0, 0))
@@ -122,17 +127,18 @@ def _generate(request: Request) -> int:
         if not request.json:
             print(paths[-1])
     kept = watch.finish()
-    if kept and not request.json:
-        print(*kept, sep="\n")
-    if request.json:
-        print(json.dumps(_report(done, paths)))
+    for line in [json.dumps(_report(done, paths))] if request.json else kept:
+        print(line)
     if not request.quiet:
-        count, given = sum(len(o.images) for o in done), done[0].settings
-        walked = f", {given.walked} of {given.steps} steps" if given.strength else ""
-        used = [s for out in done for s in out.seeds]
-        took = time.perf_counter() - started
-        print(f"{count} image{'s'[: count > 1]}, {_seeds(used)}{walked}, {took:.1f} s", file=sys.stderr)
+        print(f"{_summary(done)}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
+
+
+def _summary(done: list[Output]) -> str:
+    """2 images, seeds 7 to 8."""
+    count, given = sum(len(o.images) for o in done), done[0].settings
+    walked = f", {done[0].walked} of {given.steps} steps" if given.strength else ""
+    return f"{count} image{'s'[: count > 1]}, {_seeds([s for out in done for s in out.seeds])}{walked}"
 
 
 def _seeds(seeds: list[int]) -> str:
@@ -179,6 +185,7 @@ def _report(done: list[Output], paths: list[Path]) -> dict[str, Any]:
         "grid": str(paths[-1]) if len(paths) > len(rows) else None,
         "settings": dataclasses.asdict(done[0].settings),
         "evaluations": evaluations,
+        "walked": done[0].walked,
         "notices": notices,
     }
 

@@ -47,7 +47,11 @@ def examine(request: Request) -> int:
     from ldm_pipe.pipeline import Pipeline
 
     device, found = pick_device(request.device), []
-    for finding in doctor.examine(lambda d: Pipeline.from_pretrained(request.model, str(device), d), device.type == "cuda"):
+
+    def open_in(dtype: str, attention: str) -> Pipeline:
+        return Pipeline.from_pretrained(request.model, str(device), dtype, attention)
+
+    for finding in doctor.examine(open_in, device.type == "cuda"):
         found.append(finding)
         if not request.json:
             print(finding, flush=True)

@@ -1,6 +1,6 @@
 """`--edit "a fox on blue -> a cat on blue"`: a picture and its edit, drawn side by side, from a seed or from a given picture.
 
-    Edit("a fox on a blue background", "a cat on a blue background")(pipe, picture).images[1]
+Edit("a fox on a blue background", "a cat on a blue background")(pipe, picture).images[1]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import registry, strict
+from ldm_pipe import registry
 from ldm_pipe.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Edit:
     inversion_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parts = (("edit", "editing", self.method, self.fields), ("inversion", "inversion", self.inversion, self.inversion_fields))
-        for word, kind, name, given in parts:
+        inversion = ("inversion", "inversion", self.inversion, self.inversion_fields)
+        for word, kind, name, given in (("edit", "editing", self.method, self.fields), inversion):
             known = [n for n, _ in registry.entry(kind, name).fields]
             for one in given:
                 if one not in known:
@@ -94,6 +94,7 @@ class Edit:
         count = len(whole.rows) // 2
         both, recorded = [*range(count)] * 2, {**whole.recorded, "edit": asdict(self)}
         if whole.source is not None:
+            digests = whole.source.digests
             found, report = self._inverted(pipe, whole)
             whole = replace(
                 whole,
@@ -103,7 +104,6 @@ class Edit:
                 conds={**whole.conds, **{name: taken(cond, both) for name, cond in found.conds.items()}},
                 report=lambda images: report,
             )
-            digests = whole.source.digests
             recorded["sources"] = {"input" if n == "init_image" else n: d for n, d in digests.items()}
         pairs = Pairs(
             self.source,
@@ -123,7 +123,7 @@ class Edit:
         return replace(whole, given=given, guides=done.guides, sampler=done.sampler, conds=done.conds, recorded=recorded)
 
     def _for_picture(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings with what the inversion asks for where the user does not: a sampler that it can invert, the whole walk."""
+        """The settings with what the inversion asks for where the user does not: a sampler that it can invert, a whole walk."""
         sampler, fields = registry.build("inversion", self.inversion, **self.inversion_fields).sampler
         if settings.get("sampler") is None:
             settings = {**settings, "sampler": sampler, "sampler_set": {**fields, **settings.get("sampler_set", {})}}
@@ -140,7 +140,7 @@ class Edit:
         sources = whole.batch(0, len(whole.rows) // 2)
         method = registry.build("inversion", self.inversion, **self.inversion_fields)
         if self.inversion == "negative_prompt" and whole.negative:
-            raise UsageError("inversion negative_prompt takes the source prompt as the negative one; leave --negative-prompt out")
+            raise UsageError("inversion negative_prompt takes the source's prompt as the negative; leave --negative-prompt out")
         branches = pipe.bundle.model.branches(**{**pipe.conds(sources), **sources.conds})
         noise = Noise(sources.seeds, whole.shape, pipe.device)
         with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldm_pipe import single, strict
+from ldm_pipe import hub, single, strict
 from ldm_pipe.codec import Codec
 from ldm_pipe.cond import Cond
 from ldm_pipe.errors import ModelError, UsageError
@@ -71,6 +71,14 @@ class Bundle:
         told = torch.full((len(prompts),), scale, device=next(self.model.parameters()).device)
         return {n: replace(c, extras={**c.extras, "guidance": told}) for n, c in found.items()}
 
+    def empty(self, side: int) -> Cond:
+        """The condition of an empty prompt for one image of `side` x `side` latent pixels, nothing behind x."""
+        further = {"masked": self.codec.channels + 1, "picture": self.codec.channels}.get(self.inserts or "")
+        cond = self.text([""])
+        if further is None:
+            return cond
+        return replace(cond, channels=torch.zeros(1, further, side, side, device=next(self.model.parameters()).device))
+
     def spacing_set(self, width: int, height: int) -> dict[str, Any]:
         """The fields of the default spacing for a size in pixels: a flow's shift may grow with the area."""
         if not self.defaults.area_shift:
@@ -82,16 +90,18 @@ class Bundle:
 
 
 def load(source: str | os.PathLike[str] = "builtin", check: bool = True) -> Bundle:
-    """Load "builtin", a folder in diffusers' layout of any family in `families.FAMILIES`, or a single file of Stable Diffusion
-    1, 2 or XL, on the CPU in fp32.
+    """Load "builtin", a folder in diffusers' layout of any family in `families.FAMILIES`, a single file of Stable Diffusion
+    1, 2 or XL, or a model that is named as on a hub (`hub`), on the CPU in fp32.
 
     check: compare the weights with the folder's SHA256SUMS, where it has one (the built-in model does). Nothing is fetched
-    and no code of a folder is run: safetensors only. Raises ModelError with one sentence on anything that does not fit.
+    that is not named, and no code of a folder is run: safetensors only. Raises ModelError with one sentence on anything that does not fit.
     """
     place = BUILTIN if str(source) == "builtin" else Path(source)
     if str(source) and os.path.isfile(place):
-        parts = single.read(place)
-        return _bundle(parts, parts.configs["scheduler"], parts.folder.name, str(source), {})
+        whole = single.read(place)
+        return _bundle(whole, whole.configs["scheduler"], place.name, str(source), {})
+    if hub.names(str(source)):
+        place = hub.fetch(str(source))
     if not (str(source) and os.path.isdir(place)):
         wanted = "give 'builtin', a folder in diffusers' layout or a .safetensors file"
         raise ModelError(f"--model {str(source)!r:.120} is not a folder; {wanted}")

@@ -153,7 +153,7 @@ class Branches:
 
 
 def _split(estimate: Estimate, counts: Sequence[int]) -> list[Estimate]:
-    parts = [t.split(list(counts)) if t is not None else (None,) * len(counts) for t in estimate]
+    parts = [torch.split(t, list(counts)) if t is not None else (None,) * len(counts) for t in estimate]
     return [Estimate(*row) for row in zip(*parts, strict=True)]  # type: ignore[arg-type]
 
 
@@ -161,7 +161,7 @@ def _spread(estimate: Estimate, rows: list[int], size: int) -> Estimate:
     """The estimate of some rows as one of all `size` rows, NaN elsewhere, so that nothing uses them unnoticed."""
     whole = [None if t is None else t.new_full((size, *t.shape[1:]), torch.nan) for t in estimate]
     for there, part in zip(whole, estimate, strict=True):
-        if there is not None:
+        if there is not None and part is not None:
             there[rows] = part
     return Estimate(*whole)  # type: ignore[arg-type]
 

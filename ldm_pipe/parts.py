@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ LIGHT = {
     "CLIPTextModel": "ldm_pipe.networks.light_clip:ClipTextModel",
     "CLIPTextModelWithProjection": "ldm_pipe.networks.light_clip:with_projection",
 }
+LONGEST_JSON = 4 * 2**20
+TABLES, LARGEST_TABLE = ("sample_size", "pos_embed_max_size"), 512  # sides of tables of positions, computed while building
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 CODECS: dict[str, Any] = {"AutoencoderKL": KLCodec, "AutoencoderDC": DCCodec}
 
@@ -85,7 +88,13 @@ class Parts:
 
     def codec(self) -> Codec:
         """Of the part `vae`."""
-        codec: Codec = CODECS[str(class_of(self.index, "vae")).split(".")[1]](self.network("vae"))
+        vae = self.network("vae")
+        scale, where = vae.config.scaling_factor, f"{self.folder.name}/vae/config.json"
+        if not (isinstance(scale, int | float) and math.isfinite(scale) and scale != 0):
+            raise ModelError(f"{where}: scaling_factor is {scale!r:.40}; it takes a finite number other than 0")
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise ModelError(f"{where}: latents_mean is not supported")
+        codec: Codec = CODECS[str(class_of(self.index, "vae")).split(".")[1]](vae)
         return codec
 
     def tokenizer(self, part: str, vocabulary: int) -> tokens.Tokenizer:
@@ -137,6 +146,8 @@ def _asks_no_more(config: Mapping[str, Any], held: Mapping[str, int], where: str
     for name, value in config.items():
         if "layers" in name and isinstance(value, int) and value > len(held):
             raise ModelError(f"{where}: config.json asks for {value} {name}, the files have {len(held)} tensors")
+        elif name in TABLES and where.endswith("/transformer") and isinstance(value, int) and value > LARGEST_TABLE:
+            raise ModelError(f"{where}: config.json holds {name} {value}; it takes at most {LARGEST_TABLE}")
     for name in ("quantization_config", "auto_map"):
         if config.get(name):
             raise ModelError(f"{where}: config.json holds {name}, which is not supported; take the plain weights")
@@ -174,8 +185,10 @@ def quiet() -> Iterator[None]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder. Raises ModelError naming the file."""
-    if not path.exists():
+    if not path.is_file():
         raise ModelError(f"{path.parent.name} has no {path.name}; a model is a folder in diffusers' layout")
+    if path.stat().st_size > LONGEST_JSON:
+        raise ModelError(f"{path.parent.name}/{path.name} is longer than {LONGEST_JSON} bytes; no configuration is")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -21,15 +21,28 @@ from ldm_pipe.errors import UsageError, unknown
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate, Model
 
+MISFIT = ("must match the size of tensor", "Sizes of tensors must match")  # what torch says of shapes that cannot be joined
 # (call, *what the module is given) -> what it is to return; call: the module's own forward, or the change inside this one.
 Change = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a patch may know of a run. levels: of the walk."""
+    """What a patch may know of a run. levels: of the walk. times: of the network's own clock at each of them but the last."""
 
     levels: tuple[Level, ...]
+    times: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, model: Model, levels: Sequence[Level]) -> Run:
+        """Of a model's walk."""
+        return cls(tuple(levels), tuple(float(model.path.time(level)) for level in levels[:-1]))
+
+    @property
+    def clock(self) -> dict[float, float]:
+        """The times by the noise u of their levels, falling; {} where they are not known."""
+        found = {float(level.u): time for level, time in zip(self.levels, self.times, strict=False)}
+        return dict(sorted(found.items(), reverse=True))
 
     @property
     def steps(self) -> int:
@@ -159,6 +172,12 @@ class Patched:
 
         def patched(x: Tensor, level: Level) -> Estimate:
             with changed(network, changes):
-                return denoise(x, level)
+                try:
+                    return denoise(x, level)
+                except RuntimeError as error:
+                    if not any(words in str(error) for words in MISFIT):
+                        raise
+                    names = ", ".join(type(patch).__name__ for patch in self.patches)
+                    raise UsageError(f"{names}: what is added has not the size of the features here: {error}") from error
 
         return patched

@@ -36,7 +36,7 @@ class Output:
     """What a call returns: one entry per image, prompts in order, each prompt's images together.
 
     latents: [N,C,h,w]. evaluations: how many images the network saw, per branch. notices: sentences for the user. places:
-    (size of the batch an image was computed in, its row there). recorded: what else their recipes say.
+    (size of the batch an image was computed in, its row there). recorded: what else their recipes say. walked: steps that ran.
     """
 
     images: list[Image]
@@ -48,6 +48,7 @@ class Output:
     notices: tuple[str, ...] = ()
     places: tuple[tuple[int, int], ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    walked: int = 0
 
     @classmethod
     def joined(cls, parts: Sequence[Output]) -> Output:
@@ -62,6 +63,7 @@ class Output:
             tuple(dict.fromkeys(n for part in parts for n in part.notices)),
             tuple(place for part in parts for place in part.places),
             parts[0].recorded,
+            parts[0].walked,
         )
 
 
@@ -82,9 +84,8 @@ class Pipeline:
         return cls(load(source)).to(device, dtype, attention)
 
     def to(self, device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Pipeline:
-        """The pipeline on a device ("auto", "cpu", "cuda", "cuda:1") in a dtype ("auto", "fp32", "fp16", "bf16"), with a
-        backend of attention ("auto", "sdpa", "math", "xformers", "fast"). The weights move; use the pipeline that is
-        returned."""
+        """The pipeline on a device ("auto", "cpu", "cuda", "cuda:1") in a dtype ("auto", "fp32", "fp16", "bf16"), with one of
+        `backends.BACKENDS` or "auto". The weights move; use the pipeline that is returned."""
         where = pick_device(device)
         kind, _ = pick_dtype(dtype, where, self.wide)
         bundle = self.bundle.to(where, kind)
@@ -170,7 +171,7 @@ class Pipeline:
         """About how many bytes a step needs for images of this size in pixels under guidance (measured on a small one)."""
         model, codec = self.bundle.model, self.bundle.codec
         x = torch.zeros(1, codec.channels, PROBE, PROBE, device=self.device)
-        peak = memory.peak(model, lambda: model(x, Level(0.5, 0.5), self.bundle.text([""])))
+        peak = memory.peak(model, lambda: model(x, Level(0.5, 0.5), self.bundle.empty(PROBE)))
         return int(2 * images * peak * (height * width) / (PROBE * codec.factor) ** 2)
 
     def _room(self, whole: Plan, size: int) -> int:
@@ -190,9 +191,9 @@ class Pipeline:
 
     def _finish(self, part: Plan, on_step: Callable[[Step], None] | None, notes: list[str]) -> Output:
         """One batch from noise to pictures. `notes` collects what the user should know of the whole run."""
-        evaluations, x = Counter[str](), torch.empty(0)
+        evaluations, x, walked = Counter[str](), torch.empty(0), 0
         for step in self._walk(part, evaluations):
-            x = step.x
+            x, walked = step.x, walked + 1
             if on_step:
                 on_step(step)
         decoded = self._decoded(x, notes)
@@ -203,8 +204,8 @@ class Pipeline:
         if part.report is not None:
             told.append(part.report(decoded))
         places = tuple((len(images), row) for row in range(len(images)))
-        notices = tuple(dict.fromkeys(told))
-        return Output(images, x, part.seeds, part.prompts, part.given, evaluations, notices, places, part.recorded)
+        told = list(dict.fromkeys(told))
+        return Output(images, x, part.seeds, part.prompts, part.given, evaluations, tuple(told), places, part.recorded, walked)
 
     def _decoded(self, latents: Tensor, notes: list[str]) -> Tensor:
         """Finite images of latents; a decoder that overflows in fp16 is asked again in fp32."""
@@ -226,10 +227,8 @@ class Pipeline:
         evaluations.update(branches.evaluations)
 
     def _started(self, part: Plan, denoise: Denoiser, noise: Tensor) -> tuple[Denoiser, Tensor]:
-        """The denoiser of a run and its first x: all noise, or the noised or inverted picture of an edit, its known part held."""
-        for guide in part.guides:
-            made: Any = guide
-            denoise = (made.prepared(self.bundle.codec, part.prompts) if hasattr(made, "prepared") else made)(denoise)
+        """The denoiser of a run and its first x: noise, or the noised or inverted picture of an edit, its known part held."""
+        denoise = part.corrected(denoise, self.bundle.codec)
         if part.source is None or (self.bundle.inserts and part.given.strength == 1):
             return denoise, part.sampler.start(noise, part.levels[0]) if part.start is None else part.start
         with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm_pipe import registry
 from ldm_pipe.behind import behind, rule_of
+from ldm_pipe.codec import Codec
 from ldm_pipe.cond import Cond
 from ldm_pipe.editing.source import Source
 from ldm_pipe.errors import UsageError
@@ -21,9 +22,9 @@ from ldm_pipe.levels import tail
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import CondAt, Denoiser, Model, Rule
 from ldm_pipe.noise import Recorded, seeds_of
+from ldm_pipe.patch import Patch, Patched, Run, root
 from ldm_pipe.prepare import prepared, texts
 from ldm_pipe.settings import Settings, check_sides
-from ldm_pipe.patch import Patch, Patched, Run, root
 from ldm_pipe.walk import Sampler
 
 Row = tuple[str, int]
@@ -66,6 +67,13 @@ class Plan:
     def seeds(self) -> tuple[int, ...]:
         """The seed of every image."""
         return tuple(seed for _, seed in self.rows)
+
+    def corrected(self, denoise: Denoiser, codec: Codec) -> Denoiser:
+        """The denoiser under the guides. One that has `prepared(codec, prompts)` is made ready for these images first."""
+        for guide in self.guides:
+            made: Any = guide
+            denoise = (made.prepared(codec, self.prompts) if hasattr(made, "prepared") else made)(denoise)
+        return denoise
 
     def batch(self, first: int, size: int) -> Plan:
         """The same for `size` images from number `first` on."""
@@ -178,7 +186,7 @@ def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:
 def patched(whole: Plan, model: Model, patches: Sequence[Patch]) -> Plan:
     """The plan with patches in the model's network, the first one innermost, within every guide. Raises UsageError where the
     network does not suit one."""
-    run, sampler = Run(whole.levels), whole.sampler
+    run, sampler = Run.of(model, whole.levels), whole.sampler
     for patch in patches:
         patch.changes(root(model), run)  # said before the run
         sampler = patch.sampler(sampler, run)

@@ -35,7 +35,7 @@ class Recipe:
     """What made one image. seed: the image's own; batch, row: how many were computed together, and which this one was.
 
     sources: SHA-256 of the pixels an edit started from. edit, restoration: the fields of the `Edit` or the `Restoration` it
-    was. controls: name, digest and settings of each. patches: as --patch takes them, those of the preset `speed` among them.
+    was. hires: of the second pass; height and width are the first's. controls: name, digest and settings of each. patches: as --patch takes them, those of the preset `speed` among them.
     digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
     """
 
@@ -57,6 +57,7 @@ class Recipe:
     sources: dict[str, Any] = field(default_factory=dict)
     edit: dict[str, Any] = field(default_factory=dict)
     restoration: dict[str, Any] = field(default_factory=dict)
+    hires: dict[str, Any] = field(default_factory=dict)
     controls: tuple[dict[str, Any], ...] = ()
     patches: tuple[str, ...] = ()
     speed: str = ""
@@ -92,6 +93,7 @@ class Recipe:
         rows |= {"spacing": self._with(self.spacing, self.spacing_set), "guidance": self.guide or self.guidance_scale}
         rows |= {"edit": self.edit and f"{self.edit.get('source')} -> {self.edit.get('target')}"} if self.edit else {}
         rows |= {"restored": " by ".join(str(v) for k, v in self.restoration.items() if k in ("operator", "method"))}
+        rows |= {"enlarged": f"{self.hires.get('factor')}x, strength {self.hires.get('strength')}"} if self.hires else {}
         rows |= {"controls": ", ".join(f"{c.get('name')} x{c.get('scale')}" for c in self.controls)}
         rows |= {"patches": ", ".join(self.patches) + (f" (--speed {self.speed})" if self.speed else "")}
         rows |= {"size": f"{self.width}x{self.height}", "model": self.model, "made with": f"{self.dtype} on {self.device}"}

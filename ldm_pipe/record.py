@@ -47,7 +47,7 @@ class Watched:
         plain = estimates.get("cond", made)
         # A branch that was asked for some images only holds NaN for the others.
         asked = sum(int(e.x0.flatten(1).isfinite().all(1).sum()) for e in estimates.values())
-        self.seen.append((asked, _size(made.x0)))
+        self.seen.append((asked, _size(made.x0 - plain.x0)))
         return made
 
 

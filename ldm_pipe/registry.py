@@ -112,6 +112,7 @@ KINDS: dict[str, dict[str, str]] = {
         "controlnet": "ldm_pipe.control.controlnet:ControlNet",
         "deepcache": "ldm_pipe.speed.deepcache:DeepCache",
         "faster": "ldm_pipe.speed.faster:Faster",
+        "h_space": "ldm_pipe.analysis.h_space:HSpace",
         "hidiffusion": "ldm_pipe.resolution.hidiffusion:HiDiffusion",
         "scalecrafter": "ldm_pipe.resolution.scalecrafter:ScaleCrafter",
         "t2i_adapter": "ldm_pipe.control.t2i_adapter:T2IAdapter",

@@ -15,6 +15,7 @@ from ldm_pipe import __version__, strict
 from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import UsageError
+from ldm_pipe.hires import Hires
 from ldm_pipe.patches import Patches
 from ldm_pipe.recipe import FORMATS, Recipe, encode
 from ldm_pipe.restoration import Inpainting, Restoration
@@ -91,8 +92,12 @@ def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Any] | None = N
         whole = _restored(recipe, pipe, given)
     else:
         whole = pipe.plan([recipe.prompt] * recipe.batch, None, given.get("init_image"), mask, **settings)
-    whole = controls.again(recipe.controls).applied(pipe, whole, given.get("controls", ()))
-    whole = Patches(recipe.patches, recipe.speed).applied(pipe, whole)
+
+    def dress(plan: Plan) -> Plan:
+        plan = controls.again(recipe.controls).applied(pipe, plan, given.get("controls", ()))
+        return Patches(recipe.patches, recipe.speed).applied(pipe, plan)
+
+    whole = strict.build(Hires, recipe.hires, "hires").applied(pipe, whole, dress) if recipe.hires else dress(whole)
     for name, digest in whole.recorded.get("sources", {}).items():
         if digest != recipe.sources[name]:
             raise UsageError(f"--{name.replace('_', '-')} is not the picture that the image was made from")
@@ -109,7 +114,8 @@ def _check_edited(recipe: Recipe, pipe: Pipeline, picture: Image | None, mask: I
     from ldm_pipe.editing.source import Source
 
     given = pipe.resolve(Settings(height=recipe.height, width=recipe.width))
-    if Source(picture, mask).fitted(int(given.width or 0), int(given.height or 0)).digests["init_image"] != recipe.sources["input"]:
+    used = Source(picture, mask).fitted(int(given.width or 0), int(given.height or 0))
+    if used.digests["init_image"] != recipe.sources["input"]:
         raise UsageError("--input is not the picture that the image was made from")
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm_pipe import guide, inputs, level_file, registry, strict
+from ldm_pipe import guide, hub, inputs, level_file, registry, strict
 from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe.hires import Hires
 from ldm_pipe.looking import Looking
 from ldm_pipe.patches import Patches
 from ldm_pipe.restoration import PLAIN, Inpainting, Restoration
@@ -56,6 +57,7 @@ class Request:
     control_image: tuple[str, ...] = ()
     control_scale: tuple[float, ...] = ()
     attention_maps: str | None = None
+    hires: str | None = None
     patch: tuple[str, ...] = ()
     speed: str | None = None
     restore: str | None = None
@@ -75,6 +77,7 @@ class Request:
     preview: str | None = None
     sweep: tuple[str, ...] = ()
     doctor: bool = False
+    check: bool = False
     show: str | None = None
     replay: str | None = None
 
@@ -128,6 +131,7 @@ class Request:
         self.restored()
         self.patches()
         self.controls()
+        self.enlarged()
         if (self.fields("edit") or self.fields("inversion")) and self.edit is None:
             raise UsageError('--set edit... and inversion... go with --edit "SOURCE -> TARGET"')
         settings = Settings(**found)
@@ -163,12 +167,18 @@ class Request:
         for item in self.set:
             key, equals, value = item.partition("=")
             kind, dot, name = key.partition(".")
-            if not (equals and dot and kind in ("sampler", "spacing", "edit", "inversion", "restore", "control")):
+            if not (equals and dot and kind in ("sampler", "spacing", "edit", "inversion", "restore", "control", "hires")):
                 hint = f"; did you mean sampler.{item}?" if equals and not dot else ""
                 raise UsageError(f"--set {item!r} is not of the form sampler.field=value or spacing.field=value{hint}")
             if kind == wanted:
                 found[name] = value
         return found
+
+    def enlarged(self) -> Hires | None:
+        """What --hires asks for."""
+        if self.hires is not None and any(v is not None for v in (self.edit, self.restore, self.init_image, self.input)):
+            raise UsageError("--hires goes with a prompt alone, not with a picture to start from")
+        return Hires.of(self.hires, self.fields("hires"))
 
     def controls(self) -> Controls:
         """What --control asks for."""
@@ -218,6 +228,8 @@ def _factor(model: str) -> int:
     folder = Path(__file__).parent / "builtin" if model == "builtin" else Path(model)
     if model.endswith(".safetensors") and os.path.isfile(model):
         return 8  # of every model that comes in one file
+    if hub.names(model):
+        return 1
     if not os.path.isdir(folder if model else model):  # Path("") would be the working folder
         wanted = "give 'builtin', a folder in diffusers' layout or a .safetensors file"
         raise ModelError(f"--model {model!r:.120} is not a folder; {wanted}")

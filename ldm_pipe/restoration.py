@@ -5,7 +5,6 @@ And `--init-image in.png --mask hole.png --method repaint`, `--outpaint 16`: the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_pipe import registry
 from ldm_pipe.errors import UsageError, unknown
 from ldm_pipe.restore.text import call, parse
+from ldm_pipe.settings import borders
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -138,24 +138,6 @@ class Inpainting:
         return _within(whole, _build(self.method, fields, made))
 
 
-def borders(text: str) -> dict[str, int]:
-    """Pixels by side, of "16" (all four) or "left=16, top=8". Raises UsageError on anything else."""
-    allowed, wrong = ("left", "right", "top", "bottom"), f"--outpaint {text[:60]!r} is not of the form 16 or left=16,top=8"
-    parts = [part.strip().partition("=") for part in text.split(",")]
-    if len(parts) == 1 and not parts[0][1]:
-        parts = [(side, "=", parts[0][0]) for side in allowed]
-    found: dict[str, int] = {}
-    for side, equals, value in ((a.strip(), b, c.strip()) for a, b, c in parts):
-        if equals and side not in allowed:
-            raise UsageError("--outpaint: " + unknown("side", side, allowed))
-        if not equals or side in found or not re.fullmatch(r"[0-9]{1,5}", value):
-            raise UsageError(wrong)
-        found[side] = int(value)
-    if not any(found.values()):
-        raise UsageError(f"--outpaint {text[:60]!r} adds nothing; it takes 1 pixel or more on a side")
-    return found
-
-
 def _sized(settings: dict[str, Any], size: tuple[int, int], multiple: int) -> dict[str, Any]:
     """The settings with the size of the framed picture. Raises UsageError where they ask for another one, or the model does."""
     if size[0] % multiple or size[1] % multiple:
@@ -186,6 +168,8 @@ def _filled(method: str, prompts: Sequence[str], settings: Mapping[str, Any]) ->
     if found.get("sampler") is None and method in defaults.KERNELS:
         name, fields = defaults.KERNELS[method]
         found |= {"sampler": name, "sampler_set": {**fields, **found.get("sampler_set", {})}}
+    if found.get("spacing") is None and method in defaults.SPACINGS:
+        found["spacing"] = defaults.SPACINGS[method]
     if found.get("steps") is None:
         found["steps"] = defaults.STEPS.get(method, defaults.USUAL)
     unguided = found.get("guidance_scale") is None and found.get("guide") is None and not found.get("negative_prompt")

@@ -41,11 +41,6 @@ class Settings:
     batch_size: int = 16
     strength: float | None = None
 
-    @property
-    def walked(self) -> int:
-        """The steps that are really run: of `steps` the share `strength`, at least one."""
-        return max(1, round((self.steps or 1) * (self.strength or 1.0)))
-
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, 10_000)
         _whole("num_images", self.num_images, 1, 100_000)
@@ -86,6 +81,24 @@ def check_sides(settings: Settings, factor: int) -> None:
         if value is not None and value % factor:
             near = max(factor, round(value / factor) * factor)
             raise UsageError(f"{name} is {value}; it takes a multiple of {factor}, such as {near}")
+
+
+def borders(text: str) -> dict[str, int]:
+    """Pixels by side, of "16" (all four) or "left=16, top=8". Raises UsageError on anything else."""
+    allowed, wrong = ("left", "right", "top", "bottom"), f"--outpaint {text[:60]!r} is not of the form 16 or left=16,top=8"
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    if len(parts) == 1 and not parts[0][1]:
+        parts = [(side, "=", parts[0][0]) for side in allowed]
+    found: dict[str, int] = {}
+    for side, equals, value in ((a.strip(), b, c.strip()) for a, b, c in parts):
+        if equals and side not in allowed:
+            raise UsageError("--outpaint: " + unknown("side", side, allowed))
+        if not equals or side in found or not re.fullmatch(r"[0-9]{1,5}", value):
+            raise UsageError(wrong)
+        found[side] = int(value)
+    if not any(found.values()):
+        raise UsageError(f"--outpaint {text[:60]!r} adds nothing; it takes 1 pixel or more on a side")
+    return found
 
 
 def _number(value: Any) -> bool:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ldm_pipe import tokens, weights
 from ldm_pipe.errors import ModelError
-from ldm_pipe.parts import LIGHT, Parts, class_of
+from ldm_pipe.families import class_of
+from ldm_pipe.parts import LIGHT, Parts
 
 PUBLISHED = Path(__file__).resolve().parent / "published"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

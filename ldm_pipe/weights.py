@@ -157,6 +157,8 @@ def header(file: Path, alone: bool = False) -> dict[str, tuple[str, tuple[int, .
     if not alone:
         inside(file)
     where = f"{file.parent.name}/{file.name}"
+    if not file.is_file():
+        raise ModelError(f"{where} is missing, or no file; only safetensors is read")
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         if not 2 <= length <= min(LONGEST_HEADER, file.stat().st_size - 8):

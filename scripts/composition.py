@@ -2,8 +2,7 @@
 
     python scripts/composition.py --runs 400        # composition.md into docs/results/
 
-What is registered is drawn; nothing here names a method but the tables of what a neutral setting is. `tests/test_composition.py`
-holds the laws over fewer runs.
+What is registered is drawn; nothing here names a method. `tests/test_composition.py` holds the laws over fewer runs.
 """
 
 from __future__ import annotations
@@ -33,18 +32,16 @@ SOURCE, TARGET, SEED = "a fox on a blue background", "a cat on a blue background
 GIVEN = {"lo": "0.2", "hi": "0.9"}  # values of a rule's fields that have no default
 LOOSE = {"tolerance": 0.1}  # where a tolerance decides how often a network is asked
 WRAPPED = "cfg(1.5) | "  # what a rule that wraps another is put around
-# Settings under which a method is to change no bit. A rule's is compared with guidance 1, the others' with none of them.
-NEUTRAL_RULES = {
-    "apg": "scale=1", "between": "lo=0.4, hi=0.4", "cfg": "scale=1", "cfg_zero": "scale=1, zero=0", "compose": "weights=(1.0,)",
-    "curve": "low=1, high=1", "pag": "scale=0", "sag": "scale=0", "seg": "scale=0", "skip_layer": "scale=0", "tcfg": "scale=1",
-}  # fmt: skip
-NEUTRAL_RESTORATIONS: dict[str, dict[str, Any]] = {
-    "diffpir": {"blend": 0.0}, "dmps": {"weight": 0.0}, "dps": {"scale": 0.0}, "dps_score": {"scale": 0.0}, "ilvr": {"weight": 0.0},
-    "psld": {"omega": 0.0, "gamma": 0.0}, "resample": {"scale": 0.0, "every": 0},
-}  # fmt: skip
-NEUTRAL_EDITINGS: dict[str, dict[str, Any]] = {
-    "plug_and_play": {"features": 0.0, "attention": 0.0}, "prompt_to_prompt": {"cross": 0.0, "own": 0.0},
-}  # fmt: skip
+NOTE = """# Composition
+
+{runs} runs ({distinct} distinct) drawn at random from the registry: {sampler} samplers x {rule} guidance rules x {restoration}
+restorations of `pool(4)` or under a mask, {editing} editing methods, or none of these (`python scripts/composition.py`), each
+through the door that a user takes. {ran} ran; {right} of them report as many evaluations as the network saw. {refused} were
+refused, each in one sentence:
+
+| refused | what the user sees | for example |
+|---:|---|---|
+"""
 
 
 class Drawn(NamedTuple):
@@ -100,15 +97,8 @@ def planned(pipe: Pipeline, run: Drawn, fields: dict[str, Any] | None = None, **
     white = Image.new("L", (width, height))
     white.paste(255, (0, 0, width // 2, height))
     loose = {n: v for n, v in LOOSE.items() if n in dict(registry.entry("sampler", run.sampler).fields)}
-    given = {
-        "sampler": run.sampler,
-        "sampler_set": loose,
-        "steps": 4,
-        "guide": guide(run.rule),
-        "seed": SEED,
-        "spacing": "trailing",
-        **settings,
-    }
+    given = {"sampler": run.sampler, "sampler_set": loose, "steps": 4, "spacing": "trailing", "seed": SEED}
+    given |= {"guide": guide(run.rule), **settings}
     two = {**given, "seeds": (SEED, SEED)}
     if run.kind == "restoration":
         return Restoration("pool(4)", run.method, fields or {}, 0.1).plan(pipe, [SOURCE, TARGET], small, **two)
@@ -169,18 +159,15 @@ def main() -> None:
             refused.setdefault(found, []).append(run)
         elif sum(found.reported.values()) != found.images:
             wrong.append(run)
-    count = sum(map(len, refused.values()))
-    pairs = len({(r.sampler, r.rule, r.kind, r.method) for r in runs})
-    text = f"""# Composition
-
-{len(runs)} runs ({pairs} distinct) drawn at random from the registry: {len(registry.KINDS["sampler"])} samplers x {len(registry.KINDS["rule"])} guidance rules x
-{len(registry.KINDS["restoration"])} restorations, {len(registry.KINDS["editing"])} editing methods, masks or none (`python scripts/composition.py`), each through the door that a user
-takes. {len(runs) - count} ran, and {len(runs) - count - len(wrong)} of these report as many evaluations as the network saw. {count} were refused, each in one
-sentence before or at its first step:
-
-| refused | what the user sees | for example |
-|---:|---|---|
-"""
+    count, sizes = sum(map(len, refused.values())), {kind: len(names) for kind, names in registry.KINDS.items()}
+    text = NOTE.format(
+        runs=len(runs),
+        distinct=len(set(runs)),
+        ran=len(runs) - count,
+        right=len(runs) - count - len(wrong),
+        refused=count,
+        **sizes,
+    )
     for sentence, which in sorted(refused.items(), key=lambda item: -len(item[1])):
         text += f"| {len(which)} | {sentence} | {' x '.join(filter(None, which[0]))} |\n"
     text += "".join(f"\nMiscounted: {' x '.join(run)}\n" for run in wrong)

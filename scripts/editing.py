@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm_pipe import Pipeline, files, image, recipe, registry
 from ldm_pipe.analysis.interval import wilson
-from ldm_pipe.edit import Edit
+from ldm_pipe.edit import INVERSION, Edit
 from train.world import draw_scene, render
 from train.world.edits import KINDS, changed, kept
 from train.world.grader import grade, holds, read
 from train.world.scenes import SIZE, Scene, captions
 
 SHOWN = 4  # pictures of each kind on the sheet
+Row = Callable[[Pipeline, "Case"], Image.Image]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,31 +47,32 @@ class Case:
     seed: int
 
 
-Row = Callable[[Pipeline, Case], Image.Image]
+def edited(inversion: str | None, method: str = "prompt_to_prompt", masked: bool = False, **fields: Any) -> Row:
+    """An editing method from the picture's inversion (None: beside its own walk); masked: only where there is a reason."""
 
+    def row(pipe: Pipeline, c: Case) -> Image.Image:
+        if inversion is None:
+            return Edit(*c.prompts, method, fields)(pipe, seed=c.seed).images[1]
+        mask = Image.fromarray(~c.kept) if masked else None
+        return Edit(*c.prompts, method, fields, inversion)(pipe, c.picture, mask, seed=c.seed).images[1]
 
-def inverted(inversion: str, method: str = "prompt_to_prompt") -> Row:
-    """The picture's inversion, then an editing method."""
-    return lambda pipe, c: Edit(*c.prompts, method=method, inversion=inversion)(pipe, c.picture, seed=c.seed).images[1]
-
-
-def beside(method: str) -> Row:
-    """An editing method beside the generated picture's own walk."""
-    return lambda pipe, c: Edit(*c.prompts, method=method)(pipe, seed=c.seed).images[1]
+    return row
 
 
 def rows(source: str) -> dict[str, Row]:
-    """The table's rows for generated or real pictures. Every registered method and inversion makes one."""
+    """The table's rows for generated or real pictures: baselines, every registered inversion, editing methods."""
+    by, how = (None, "same seed") if source == "generated" else (INVERSION, "inverted")
     found: dict[str, Row] = {
         "no edit": lambda pipe, c: c.picture,
         "fresh sample": lambda pipe, c: pipe(c.prompts[1], seed=c.seed).images[0],
         "sdedit": lambda pipe, c: pipe(c.prompts[1], seed=c.seed, init_image=c.picture, strength=0.6).images[0],
+        **{name: edited(name) for name in registry.KINDS["inversion"]},
+        f"prompt to prompt, {how}": edited(by),
+        f"local blend, {how}": edited(by, blend="true"),
+        f"plug and play, {how}": edited(by, "plug_and_play"),
     }
-    found |= {name: inverted(name) for name in registry.KINDS["inversion"]}
-    if source == "generated":
-        return found | {f"{name}, same seed": beside(name) for name in registry.KINDS["editing"]}
-    others = [name for name in registry.KINDS["editing"] if name != Edit("", "").method]
-    return found | {f"{name}, inverted": inverted(Edit("", "").inversion, name) for name in others}
+    masked = {f"{name}, masked": edited(INVERSION, name, True) for name in ("prompt_to_prompt", "shape_guided")}
+    return found if source == "generated" else found | masked
 
 
 def cases(pipe: Pipeline, source: str, kind: str, count: int) -> list[Case]:
@@ -101,14 +103,14 @@ def measured(images: list[Image.Image], given: list[Case]) -> dict[str, float]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown, a table for every kind of picture."""
-    text = "# Editing, measured\n\n" + " ".join(str(__doc__).split("\n\n")[2].split()) + "\n"
+    text = f"# Editing, measured\n\n{str(__doc__).split(chr(10) * 2)[2]}"
     for source in ("generated", "real"):
         cells = [found.get(f"{source} {kind}", {}) for kind in KINDS]
         text += f"\n| {source} pictures | object: right | outside moved | background: right | object moved |\n{'|---' * 5}|\n"
         for name in dict.fromkeys(name for cell in cells for name in cell):
             text += f"| {name.replace('_', ' ')} | " + " | ".join(entry(cell.get(name)) for cell in cells) + " |\n"
-    notes = "Right: percent, with its 95% interval. Moved: levels of 255. `editing.png`: the first pictures of each kind, then"
-    return text + f"\n{notes} their edits in the order of the rows. Made by `scripts/editing.py`.\n"
+    notes = "Right: percent, with its 95% interval. Moved: levels of 255. `editing.png`: pictures and their edits, row by row."
+    return f"{text}\n{notes} Made by `scripts/editing.py`.\n"
 
 
 def entry(v: dict[str, float] | None) -> str:
@@ -132,8 +134,7 @@ def main() -> None:
             if args.only in (None, name):
                 started, images = time.time(), [row(pipe, c) for c in given]
                 cell[name], strip = measured(images, given), [[*s, i] for s, i in zip(strip, images, strict=False)]
-                each = (time.time() - started) / len(given)
-                print(f"{source} {kind}, {name}: {entry(cell[name])} ({each:.1f} s a picture)", flush=True)
+                print(f"{source} {kind}, {name}: {entry(cell[name])} ({time.time() - started:.1f} s)", flush=True)
         strips += strip
         files.write(path, (json.dumps(found, indent=1) + "\n").encode(), replace=True)
         files.write(args.output / "editing.md", table(found).encode(), replace=True)
@@ -142,7 +143,7 @@ def main() -> None:
         sheet = image.grid([i for s in strips for i in (*s, *[blank] * (wide - len(s)))], wide)
         files.write(args.output / "editing.png", recipe.encode(sheet, None), replace=True)
     took = (time.time() - begun) / 60
-    print(f"{took:.1f} minutes for {args.pictures} picture(s) a cell; 100 would take {100 * took / args.pictures:.0f}")
+    print(f"{took:.0f} minutes for {args.pictures} picture(s) a cell; 100 take {100 * took / args.pictures:.0f}")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ from tiny_families import MADE, save
 from ldm_pipe import Noise, Pipeline, files
 from ldm_pipe.parts import quiet
 
-PROMPT, NEGATIVE, STEPS, SIDE, SEED = "a red fox on blue", "low quality", 5, 32, 7
+PROMPT, NEGATIVE, STEPS, SEED = "a red fox on blue", "low quality", 5, 7
+HEIGHT, WIDTH = 32, 64  # not square: sides that are swapped show
 FLOWS = ("sd3", "flux", "sana")
 # What both sides are set to, beside prompts, steps, size and start.
 SCALES = {"flux dev": 3.5, "flux schnell": 1.0, "sd lcm": 8.5}
 KINDS = {"sd inpainting": "StableDiffusionInpaintPipeline", "sd pix2pix": "StableDiffusionInstructPix2PixPipeline"}
-GREYS = Image.linear_gradient("L").resize((SIDE, SIDE))
+GREYS = Image.linear_gradient("L").resize((WIDTH, HEIGHT))
 PICTURE = Image.merge("RGB", (GREYS, GREYS.rotate(90), GREYS.rotate(180)))
 PICTURES = {"sd inpainting": {"init_image": PICTURE, "mask": GREYS.rotate(90)}, "sd pix2pix": {"init_image": PICTURE}}
 SCHEDULERS = {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler"}
@@ -46,7 +47,7 @@ def both(name: str, folder: Path, sampler: str) -> tuple[torch.Tensor, torch.Ten
     pipe = Pipeline.from_pretrained(str(folder), "cpu", "fp32")
     prompt, negative = ("dog", "") if name == "dit" else (PROMPT, NEGATIVE)
     settings = {"negative_prompt": negative, "steps": STEPS, "guidance_scale": SCALES.get(name, 4.0), "seed": SEED}
-    settings |= {"height": SIDE, "width": SIDE, "sampler": sampler}
+    settings |= {"height": HEIGHT, "width": 32 if name == "dit" else WIDTH, "sampler": sampler}
     if not name.startswith(FLOWS):
         settings["spacing"] = "trailing" if sampler == "euler" else "leading"
     pictures = PICTURES.get(name, {})
@@ -75,11 +76,11 @@ def theirs(name: str, folder: Path, sampler: str, start: torch.Tensor, settings:
         given = {"num_inference_steps": STEPS, "guidance_scale": settings["guidance_scale"]}
         if name == "dit":
             return by_class(pipe, start, given)
-        given |= {"height": SIDE, "width": SIDE, "output_type": "latent", "latents": start, "prompt": settings["prompt"]}
+        given |= {"height": HEIGHT, "width": WIDTH, "output_type": "latent", "latents": start, "prompt": settings["prompt"]}
         if name.startswith("flux"):
             packed = pipe._pack_latents(start, *start.shape)
             out = pipe(**given | {"latents": packed, "max_sequence_length": 512}).images
-            return pipe._unpack_latents(out, SIDE, SIDE, pipe.vae_scale_factor)
+            return pipe._unpack_latents(out, HEIGHT, WIDTH, pipe.vae_scale_factor)
         if "init_image" in settings:
             given |= {"image": settings["init_image"]}
         if name == "sdxl refiner":
@@ -104,7 +105,7 @@ def by_class(pipe: Any, start: torch.Tensor, given: dict[str, Any]) -> torch.Ten
         return mock.Mock(sample=torch.zeros(1, 3, 4, 4))
 
     module = "diffusers.pipelines.dit.pipeline_dit.randn_tensor"
-    with mock.patch(module, lambda *a, **k: start), mock.patch.object(pipe.vae, "decode", decode):
+    with mock.patch(module, return_value=start), mock.patch.object(pipe.vae, "decode", decode):
         pipe([207], **given)
     return caught[0]
 

@@ -67,7 +67,7 @@ def attempts(problem: str, only: list[str]) -> dict[str, tuple[Any, bool]]:
     for name in only or sorted(registry.KINDS["restoration"]):
         for given in (True, False) if name in EMPTY else (True,):
             suffix = "" if given else ", no prompt"
-            if name != "blended":
+            if name != "blended" and not (name == "ddnm_scaled" and PROBLEMS[problem] == 0):  # it is ddnm without noise
                 found[name + suffix] = Restoration(problem, name, {}, PROBLEMS[problem]), given
             if problem.startswith("mask") and name in IN_LATENTS:
                 found[f"{name} in latents{suffix}"] = Inpainting(name), given
@@ -114,7 +114,7 @@ class Table:
         for name in (n for n in self.doors if n not in self.refused):
             door, given = self.doors[name]
             prompts, started = [captions(scene)[0] if given else ""], time.perf_counter()
-            pictures = (degraded,) if isinstance(door, Restoration) else (truth, self.white)
+            pictures = (degraded,) if isinstance(door, Restoration) else (degraded, self.white)
             try:
                 out = next(self.pipe.run(door.plan(self.pipe, prompts, *pictures, seed=k, guidance_scale=1.0, **self.steps)))
                 add(name, out.images[0], sum(out.evaluations.values()), time.perf_counter() - started)
@@ -128,7 +128,11 @@ class Table:
         lines = [f"\n## {self.problem}\n", "| | " + " | ".join(HEAD) + " |", "|---|" + "---:|" * len(HEAD)]
         for name, (*facts, evaluations, seconds) in ((n, row.values()) for n, row in self.means().items()):
             lines.append("| {} | {:.1f} | {:.0f}% | {:.4f} | {:.0f} | {:.1f} |".format(name, *facts, evaluations, seconds))
-        return "\n".join([*lines, "", *(f"- {name} is refused: {why}" for name, why in self.refused.items())]) + "\n"
+        return "\n".join([*lines, "", *self._refusals()]) + "\n"
+
+    def _refusals(self) -> list[str]:
+        which = {why: [n for n, said in self.refused.items() if said == why] for why in self.refused.values()}
+        return [f"- refused: {', '.join(n for n in names if ', ' not in n)}: {why}" for why, names in which.items()]
 
 
 def picture(tables: list[Table], path: Path) -> None:

@@ -166,7 +166,7 @@ def pixart(alpha: bool = False) -> Any:
         caption_channels=32, in_channels=4, cross_attention_dim=72, out_channels=8, use_additional_conditions=alpha,
     )  # fmt: skip
     kind = PixArtAlphaPipeline if alpha else PixArtSigmaPipeline
-    return kind(tokenizer, encoder, kl(), lively(network), DDIMScheduler(**VP, steps_offset=1, clip_sample=False))
+    return kind(tokenizer, encoder, kl(), lively(network, 1.0), DDIMScheduler(**VP, steps_offset=1, clip_sample=False))
 
 
 def sana() -> Any:

@@ -50,7 +50,9 @@ def test_fast_leaves_the_rest_to_the_fused_kernel() -> None:
         assert torch.equal(backends.fast(*few), F.scaled_dot_product_attention(*few))
         assert torch.equal(backends.fast(*own), F.scaled_dot_product_attention(*own))
     q, k, v = (t.requires_grad_() for t in qkv(dtype=torch.bfloat16))
-    backends.fast(q, k, v).sum().backward()
+    out = backends.fast(q, k, v)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v)), "the fused kernel has a gradient of its own"
+    out.sum().backward()
     assert q.grad is not None
 
 
@@ -83,6 +85,16 @@ def test_auto_takes_fast_where_it_can_win(tiny: Tiny) -> None:
     assert Pipeline.from_pretrained(folder, "cpu", "bf16").attention == "fast"
     assert Pipeline.from_pretrained(folder, "cpu", "fp32").attention == "sdpa"
     assert Pipeline.from_pretrained(folder, "cpu", "bf16", "math").attention == "math"
+
+
+def test_the_layout_goes_with_the_backend(tiny: Tiny) -> None:
+    """Channels together in bf16 under fast, and back; the values stay."""
+    unet = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "bf16").bundle.model
+    weight, before = unet.network.unet.conv_in.weight, unet.network.unet.conv_in.weight.clone()  # type: ignore[union-attr]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    backends.choose(unet, "sdpa", CPU, torch.bfloat16)
+    assert weight.is_contiguous()
+    assert torch.equal(weight, before)
 
 
 @torch.no_grad()

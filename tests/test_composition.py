@@ -26,6 +26,18 @@ sys.modules["composition"] = drawing
 _spec.loader.exec_module(drawing)
 DRAWN = drawing.draws(RUNS, SEED)
 Drawn, attempt, guide = drawing.Drawn, drawing.attempt, drawing.guide
+# Settings under which a method is to change no bit. A rule's is compared with guidance 1, the others' with none of them.
+NEUTRAL_RULES = {
+    "apg": "scale=1", "between": "lo=0.4, hi=0.4", "cfg": "scale=1", "cfg_zero": "scale=1, zero=0", "compose": "weights=(1.0,)",
+    "curve": "low=1, high=1", "pag": "scale=0", "sag": "scale=0", "seg": "scale=0", "skip_layer": "scale=0", "tcfg": "scale=1",
+}  # fmt: skip
+NEUTRAL_RESTORATIONS: dict[str, dict[str, Any]] = {
+    "diffpir": {"blend": 0.0}, "dmps": {"weight": 0.0}, "dps": {"scale": 0.0}, "dps_score": {"scale": 0.0},
+    "ilvr": {"weight": 0.0}, "psld": {"omega": 0.0, "gamma": 0.0}, "resample": {"scale": 0.0, "every": 0},
+}  # fmt: skip
+NEUTRAL_EDITINGS: dict[str, dict[str, Any]] = {
+    "plug_and_play": {"features": 0.0, "attention": 0.0}, "prompt_to_prompt": {"cross": 0.0, "own": 0.0},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +80,24 @@ def stateful(rule: Any) -> bool:
     return hasattr(rule, "fresh") or hasattr(rule, "rows") or (hasattr(rule, "rule") and stateful(rule.rule))
 
 
-@pytest.mark.parametrize("rule", sorted(drawing.NEUTRAL_RULES))
+@pytest.mark.parametrize("rule", sorted(NEUTRAL_RULES))
 def test_neutral_guidance_changes_no_bit_of_a_restoration(pipe: Pipeline, rule: str) -> None:
     """Under a sampler and a method that are drawn for each rule."""
-    k = sorted(drawing.NEUTRAL_RULES).index(rule)
-    methods = sorted(drawing.NEUTRAL_RESTORATIONS)
+    k = sorted(NEUTRAL_RULES).index(rule)
+    methods = sorted(NEUTRAL_RESTORATIONS)
     run = Drawn(DRAWN[k].sampler, rule, "mask", methods[k % len(methods)])
-    text = guide(rule, drawing.NEUTRAL_RULES[rule]).replace(drawing.WRAPPED, "cfg(1) | ")
+    text = guide(rule, NEUTRAL_RULES[rule]).replace(drawing.WRAPPED, "cfg(1) | ")
     found, plain = attempt(pipe, run, guide=text), attempt(pipe, run, guide="cfg(1)")
     assert torch.equal(found.latents, plain.latents)
     assert found.images == plain.images
 
 
-@pytest.mark.parametrize("method", sorted(drawing.NEUTRAL_RESTORATIONS))
+@pytest.mark.parametrize("method", sorted(NEUTRAL_RESTORATIONS))
 def test_neutral_restorations_change_no_bit_of_guided_sampling(pipe: Pipeline, method: str) -> None:
     """Nor what it costs: a method that wraps asks nothing more, at any setting."""
-    k = sorted(drawing.NEUTRAL_RESTORATIONS).index(method)
-    sampler, rule = DRAWN[k + 10].sampler, sorted(drawing.NEUTRAL_RULES)[k]
-    neutral = drawing.NEUTRAL_RESTORATIONS[method]
+    k = sorted(NEUTRAL_RESTORATIONS).index(method)
+    sampler, rule = DRAWN[k + 10].sampler, sorted(NEUTRAL_RULES)[k]
+    neutral = NEUTRAL_RESTORATIONS[method]
     kind = "mask" if method in ("ilvr", "dmps") else "restoration"
     found = attempt(pipe, Drawn(sampler, rule, kind, method), fields=neutral)
     plan = drawing.planned(pipe, Drawn(sampler, rule))
@@ -101,11 +113,11 @@ def test_neutral_restorations_change_no_bit_of_guided_sampling(pipe: Pipeline, m
         assert stateful(plan.rule) or active.images == plain.images
 
 
-@pytest.mark.parametrize("method", sorted(drawing.NEUTRAL_EDITINGS))
+@pytest.mark.parametrize("method", sorted(NEUTRAL_EDITINGS))
 def test_neutral_edits_change_no_bit_of_guided_sampling(pipe: Pipeline, method: str) -> None:
-    k = sorted(drawing.NEUTRAL_EDITINGS).index(method)
-    sampler, rule = DRAWN[k + 20].sampler, sorted(drawing.NEUTRAL_RULES)[-k]
-    found = attempt(pipe, Drawn(sampler, rule, "editing", method), fields=drawing.NEUTRAL_EDITINGS[method])
+    k = sorted(NEUTRAL_EDITINGS).index(method)
+    sampler, rule = DRAWN[k + 20].sampler, sorted(NEUTRAL_RULES)[-k]
+    found = attempt(pipe, Drawn(sampler, rule, "editing", method), fields=NEUTRAL_EDITINGS[method])
     plain = attempt(pipe, Drawn(sampler, rule))
     assert torch.equal(found.latents, plain.latents)
     assert found.reported == plain.reported

@@ -95,7 +95,7 @@ def test_a_mask_keeps_the_rest_to_the_bit_and_strength_shortens_the_walk(pipe: P
     mask = Image.new("L", fox.size)
     mask.paste(255, (0, 0, 32, 64))
     out = Edit(FOX, CAT)(pipe, fox, mask, steps=5, strength=0.6)
-    assert out.settings.walked == 3
+    assert out.walked == 3
     assert out.evaluations["cond"] == 2 * 3
     old, new = np.asarray(fox), np.asarray(out.images[1])
     assert np.array_equal(new[:, 32:], old[:, 32:])
@@ -104,7 +104,9 @@ def test_a_mask_keeps_the_rest_to_the_bit_and_strength_shortens_the_walk(pipe: P
 
 def test_smaller_batches_take_their_own_starts_noises_and_conditions(pipe: Pipeline, fox: Image.Image) -> None:
     for name, count in (("dpm_encoder", 2), ("null_text", 1)):
-        plan = Edit(FOX, CAT, "prompt_to_prompt", {}, name, FAST.get(name, {})).plan(pipe, fox, steps=3, seed=4, num_images=count)
+        plan = Edit(FOX, CAT, "prompt_to_prompt", {}, name, FAST.get(name, {})).plan(
+            pipe, fox, steps=3, seed=4, num_images=count
+        )
         plan = replace(plan, guides=())  # of the method, which wants its pairs whole
         whole = next(pipe.run(plan)).latents
         assert not torch.allclose(whole[-1], whole[0], atol=1e-2)

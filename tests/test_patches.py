@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ Tiny = Callable[[str], Path]
 FOX, BEES = "a fox on a blue background", "two bees on red"
 NAMES = sorted(registry.KINDS["patch"])
 EXACT = {"text_cache"}  # patches that change no bit whatever their settings
-ACTIVE: dict[str, dict[str, Any]] = {"faster": {"keys": "0 2"}, "attention_scale": {"size": 4}, "tiles": {"size": 4}}  # what changes the image in a short walk, if not the defaults
+# What changes a small image in a short walk, where the defaults do not.
+ACTIVE: dict[str, dict[str, Any]] = {"faster": {"keys": "0 2"}, "attention_scale": {"size": 4}, "tiles": {"size": 4}}
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -75,7 +77,11 @@ def adapter(pipe: Pipeline) -> dict[str, Any]:
     return {"features": tuple(torch.randn(1, c, s, s, generator=generator) for c, s in ((8, 8), (16, 4)))}
 
 
-NEEDS: dict[str, Callable[[Pipeline], dict[str, Any]]] = {"controlnet": controlnet, "t2i_adapter": adapter}
+def direction(pipe: Pipeline) -> dict[str, Any]:
+    return {"direction": torch.randn(16, 4, 4, generator=torch.Generator().manual_seed(5))}
+
+
+NEEDS = {"controlnet": controlnet, "h_space": direction, "t2i_adapter": adapter}
 
 
 def made(name: str, pipe: Pipeline, neutral: bool = False) -> Patch:
@@ -185,7 +191,7 @@ def test_it_goes_with_samplers_and_guidance(name: str, sampler: str, pipe: Pipel
     """Finite, as many evaluations as without it, and guidance on some of the steps alone."""
     settings: dict[str, Any] = {"seed": 7, "steps": 4, "sampler": sampler, "guide": "cfg(3) | between(0.1, 0.8)"}
     whole = pipe.plan([FOX], None, **settings)
-    with_it, without = (list(pipe.run(p))[0] for p in (patched(whole, pipe.bundle.model, [made(name, pipe)]), whole))
+    with_it, without = (next(pipe.run(p)) for p in (patched(whole, pipe.bundle.model, [made(name, pipe)]), whole))
     assert with_it.evaluations == without.evaluations
     assert bool(torch.isfinite(with_it.latents).all())
 
@@ -201,9 +207,9 @@ def test_a_network_without_its_layers_is_refused(name: str, pipe: Pipeline) -> N
 
 def test_a_name_that_is_no_layer_lists_those_at_its_place(pipe: Pipeline) -> None:
     network = root(pipe.bundle.model)
-    with pytest.raises(UsageError, match=r"'down_blocks.7' is not a layer of UNet; .*down_blocks.0, down_blocks.1$"):
-        with changed(network, {"down_blocks.7": []}):
-            pass
+    listed = r"'down_blocks.7' is not a layer of UNet; .*down_blocks.0, down_blocks.1$"
+    with pytest.raises(UsageError, match=listed), changed(network, {"down_blocks.7": []}):
+        pass
     with pytest.raises(UsageError, match="did you mean 'conv_in'"), changed(network, {"conv_inn": []}):
         pass
 
@@ -273,3 +279,28 @@ def test_every_preset_runs_and_exact_changes_no_bit(name: str, pipe: Pipeline, p
     assert torch.equal(found, plain) == (name == "exact")
     with pytest.raises(UsageError, match="did you mean 'fast'"):
         Patches.of("fats", ())
+
+
+RULES = ("cfg(3)", "cfg(3) | rescale(0.7)", "cfg(2) | between(0.2, 0.9)")
+SAMPLERS = ("ddim", "ddpm", "dpm2m", "euler", "euler_ancestral", "heun", "lms", "unipc")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_compositions(seed: int, pipe: Pipeline) -> None:
+    """Two or three patches, a sampler, a rule and, for some, a picture to start from: finite, the same again, as many
+    evaluations as without the patches. Refused are those that add features of one size with those that change the size."""
+    draws = random.Random(seed)
+    names = set(draws.sample(NAMES, draws.choice((2, 3))))
+    patches = [made(name, pipe) for name in sorted(names)]
+    settings: dict[str, Any] = {"seed": seed, "steps": 4, "sampler": draws.choice(SAMPLERS), "guide": draws.choice(RULES)}
+    picture = Image.effect_noise((32, 32), 60).convert("RGB") if draws.random() < 0.4 else None
+    whole = pipe.plan([FOX, BEES], None, picture, **settings)
+    over = patched(whole, pipe.bundle.model, patches)
+    if names & {"controlnet", "h_space", "t2i_adapter"} and names & {"hidiffusion", "tiles"}:
+        with pytest.raises(UsageError, match=r"size of the features|the middle"):
+            next(pipe.run(over))
+        return
+    first, again, without = (next(pipe.run(p)) for p in (over, over, whole))
+    assert bool(torch.isfinite(first.latents).all())
+    assert torch.equal(first.latents, again.latents)
+    assert first.evaluations == without.evaluations

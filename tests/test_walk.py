@@ -129,7 +129,7 @@ def test_what_a_wrapping_sampler_costs_follows_from_what_it_wraps() -> None:
         assert Bare(inner).walk(WALK) == inner.walk(WALK) == WALK
     plain, wrapped = (list(trajectory(PRIOR, x, WALK[1:], s, NOISE)) for s in (Remembers(), Bare(Remembers())))
     assert [s.memory for s in wrapped] == [s.memory for s in plain] == [1, 2]
-    up = list(trajectory(PRIOR, x, [WALK[2], WALK[1]], Bare(Remembers()), NOISE))[0]
+    up = next(iter(trajectory(PRIOR, x, [WALK[2], WALK[1]], Bare(Remembers()), NOISE)))
     assert torch.equal(up.x, climb(x, WALK[2], WALK[1], NOISE.at(0)("climb")))
     assert up.memory is None
     with pytest.raises(UsageError, match="Bare does not travel"):

@@ -1,6 +1,7 @@
 """`accelerate launch -m train --config configs/<job>.toml [--set job.steps=100 ...]` (or `python -m train`).
 
 `python -m train check --config ...` lists every fault of the recipe and its data instead, and trains nothing.
+`python -m train average --config ... --width 0.08 -o folder` exports an average of another width (job.post_hoc).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ldm_pipe.errors import LdmError
@@ -18,13 +20,13 @@ from train import recipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run or check one job. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    checking = words[:1] == ["check"]
-    args = _parser(checking).parse_args(words[checking:])
+    command = words[0] if words[:1] in (["check"], ["average"]) else ""
+    args = _parser(command).parse_args(words[bool(command) :])
     try:
         tables = recipe.read(args.config, args.set)
-        if checking:
+        if command == "check":
             return _check(tables, args.config)
-        return _train(tables, args)
+        return _average(tables, args) if command else _train(tables, args)
     except LdmError as error:
         if args.debug:
             raise
@@ -35,14 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(checking: bool) -> argparse.ArgumentParser:
-    says = "List every fault of a recipe and its data." if checking else "Train by a recipe; goes on where it was stopped."
-    parser = argparse.ArgumentParser(prog="train check" if checking else "train", description=says)
+SAYS = {
+    "": "Train by a recipe; goes on where it was stopped.",
+    "check": "List every fault of a recipe and its data.",
+    "average": "Export the model with an average of another width.",
+}
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"train {command}".strip(), description=SAYS[command])
     parser.add_argument("--config", required=True, metavar="FILE.toml", help="the recipe")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one value")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if not checking:
+    if not command:
         parser.add_argument("--allow-changed", action="store_true", help="go on although the recipe or the data changed")
+    if command == "average":
+        parser.add_argument("--width", type=float, required=True, help="sigma_rel of the average, 0 to 0.288")
+        parser.add_argument("--step", type=int, help="after so many steps (all of them)")
+        parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where the model goes")
     return parser
 
 
@@ -53,6 +65,20 @@ def _train(tables: dict[str, Any], args: argparse.Namespace) -> int:
     folder = run(task, job, args.allow_changed)
     if os.environ.get("RANK", "0") == "0":
         print(f"exported to {folder}")
+    return 0
+
+
+def _average(tables: dict[str, Any], args: argparse.Namespace) -> int:
+    from ldm_pipe import files
+    from train.post_hoc import reconstruct
+
+    task, job = recipe.build(tables, args.config)
+    weights = reconstruct(Path(job.output) / "averages", args.width, args.step)
+    net = task.net()
+    net.load_state_dict(weights)
+    with files.new_folder(args.output) as temp:
+        task.export(net, temp)
+    print(f"exported to {args.output}")
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ldm_pipe import files
 from ldm_pipe.errors import EnvironmentFault, NumericalError, UsageError
 from train.ema import Ema
+from train.post_hoc import PowerAverage
 
 FORMAT = 2
 READS = (1, 2)  # 1 had no `facts` and no `state`
@@ -38,7 +39,8 @@ class Found:
 class Keeper:
     """Writes and reads the checkpoints of one run.
 
-    facts: flat names and values that must not differ when a run goes on, of which `free` may.
+    facts: flat names and values that must not differ when a run goes on. averages: further ones, of which every checkpoint
+    leaves a snapshot in `<output>/averages`.
     """
 
     output: Path
@@ -47,6 +49,7 @@ class Keeper:
     optimiser: torch.optim.Optimizer
     facts: Mapping[str, Any] = field(default_factory=dict)
     keep: int = 2
+    averages: Sequence[PowerAverage] = ()
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps; older checkpoints beyond `keep` go only after the new one is read back.
@@ -59,6 +62,8 @@ class Keeper:
             with files.new_folder(folder, replace=True) as temp:
                 save_file(_owned(self.net.state_dict()), temp / "weights.safetensors")
                 save_file(_owned(self.ema.shadow), temp / "ema.safetensors")
+                for i, average in enumerate(self.averages):
+                    save_file(_owned(average.shadow), temp / f"average-{i}.safetensors")
                 save_file(_optimiser_tensors(self.optimiser), temp / "optimiser.safetensors")
                 sums = {f.name: files.sha256(f) for f in sorted(temp.glob("*.safetensors"))}
                 manifest = {"format": FORMAT, "step": step, "sha256": sums, "facts": dict(self.facts), "state": dict(state)}
@@ -68,9 +73,17 @@ class Keeper:
         fault = fault_of(folder)
         if fault:
             raise EnvironmentFault(f"{str(folder)!r} cannot be read back: {fault}; the older checkpoints are kept")
+        for average in self.averages:
+            average.write(self.output / "averages", step)
         for old in _folders(self.output)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return folder
+
+    def to(self, device: torch.device) -> None:
+        """Keep the averages on a device."""
+        self.ema.shadow = {n: t.to(device) for n, t in self.ema.shadow.items()}
+        for average in self.averages:
+            average.shadow = {n: t.to(device) for n, t in average.shadow.items()}
 
     def restore(self, say: Callable[[str], None] = print, allow_changed: bool = False) -> Found:
         """Load the newest valid checkpoint. A broken one is named, skipped and put aside as `<name>.broken`.
@@ -108,6 +121,8 @@ class Keeper:
         try:
             self.net.load_state_dict(load_file(folder / "weights.safetensors"))
             self.ema.shadow = load_file(folder / "ema.safetensors")
+            for i, average in enumerate(self.averages):
+                average.shadow = load_file(folder / f"average-{i}.safetensors")
             _restore_optimiser(self.optimiser, load_file(folder / "optimiser.safetensors"))
         except (RuntimeError, ValueError) as error:
             first = str(error).splitlines()[-1].strip()

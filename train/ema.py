@@ -17,10 +17,6 @@ class Ema:
         self.decay = decay
         self.shadow: dict[str, Tensor] = {n: t.detach().clone() for n, t in net.state_dict().items()}
 
-    def to(self, device: torch.device) -> None:
-        """Keep the average on a device."""
-        self.shadow = {n: t.to(device) for n, t in self.shadow.items()}
-
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
         """Move the average towards the current weights."""

@@ -56,8 +56,10 @@ class Job:
 
     batch: samples of one step on one process, computed in `accumulate` parts. lr: after `warmup` steps, falling by half a
     cosine to `lr_end`. betas, weight_decay: of AdamW. clip: largest norm of a gradient. ema: decay of the weights' average.
-    precision: of the computation; weights and their average stay in fp32. workers: processes that make batches. patience:
-    seconds that they may take. stop: end early without changing the decay (0: never). keep: checkpoints that stay.
+    post_hoc: widths of averages of which every checkpoint leaves a snapshot, so that `python -m train average` makes one of
+    any width afterwards (EDM2: 0.05, 0.1). precision: of the computation; weights and averages stay in fp32. workers:
+    processes that make batches; patience: seconds that they may take. stop: end early without changing the decay (0: never).
+    keep: checkpoints that stay.
     """
 
     output: str
@@ -72,6 +74,7 @@ class Job:
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
     ema: float = 0.999
+    post_hoc: tuple[float, ...] = ()
     precision: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
     workers: int = 0

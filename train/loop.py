@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm_pipe.errors import NumericalError, UsageError
-from train import checkpoint
+from train import checkpoint, report
 from train.batches import batches, parts_of
 from train.ema import Ema
 from train.job import Batch, Job, Task
 from train.log import Log
+from train.post_hoc import PowerAverage
 from train.safety import Signals, Stopped, only_run
 
 # What may differ when a run goes on: it changes no weight.
@@ -105,6 +106,8 @@ class _Loop:
         else:
             self.faults = 0
             self.keeper.ema.update(self.net, self.step)
+            for average in self.keeper.averages:
+                average.update(self.net, self.step)
         if self.accelerator.is_main_process:
             self.log.step(self.step, outcome.losses)
         return outcome
@@ -160,12 +163,17 @@ class _Loop:
                 self.log.say(f"step {self.step}  " + "  ".join(f"{k} {v:.5g}" for k, v in found.items()))
         self.accelerator.wait_for_everyone()
 
+    def _export(self, temp: Path) -> None:
+        self.task.export(self.net, temp)
+        report.card(temp, Path(self.job.output).name, self.keeper.facts, self.step)
+
     def finish(self) -> Path:
         """Export the averaged weights."""
         folder = Path(self.job.output) / "export"
         if self.accelerator.is_main_process:
             with self.keeper.ema.swapped(self.net):
-                checkpoint.export(folder, lambda temp: self.task.export(self.net, temp))
+                checkpoint.export(folder, self._export)
+            report.write(Path(self.job.output), self.keeper.facts)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -183,7 +191,8 @@ def _begin(task: Task, job: Job, accelerator: Accelerator, signals: Signals, all
     if job.channels_last:
         net = net.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(trained, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay, fused=True)
-    keeper = checkpoint.Keeper(output, net, Ema(net, job.ema), optimiser, _facts(task, job, accelerator), job.keep)
+    facts, averages = _facts(task, job, accelerator), [PowerAverage(net, width) for width in job.post_hoc]
+    keeper = checkpoint.Keeper(output, net, Ema(net, job.ema), optimiser, facts, job.keep, averages)
     found = keeper.restore(accelerator.print, allow_changed)
     if accelerator.is_main_process:
         keeper.put_broken_aside()
@@ -193,7 +202,7 @@ def _begin(task: Task, job: Job, accelerator: Accelerator, signals: Signals, all
     if accelerator.is_main_process:
         log.resume(found.step, found.state.get("rows", []))
     prepared, optimiser = accelerator.prepare(net, optimiser)
-    keeper.ema.to(accelerator.device)
+    keeper.to(accelerator.device)
     if accelerator.scaler is not None and "scaler" in found.state:
         accelerator.scaler.load_state_dict(found.state["scaler"])
     loop = _Loop(task, job, accelerator, signals, net, prepared, optimiser, keeper, log, found.step)
@@ -203,7 +212,7 @@ def _begin(task: Task, job: Job, accelerator: Accelerator, signals: Signals, all
 
 def _facts(task: Task, job: Job, accelerator: Accelerator) -> dict[str, Any]:
     """What must not change while a run goes on, flat: "job.lr" and so on."""
-    fields = asdict(task) if is_dataclass(task) and not isinstance(task, type) else {}
+    fields: dict[str, Any] = asdict(task) if is_dataclass(task) and not isinstance(task, type) else {}
     total = {"job.batch": job.batch * accelerator.num_processes}  # one process of 8 is two of 4
     facts = {f"job.{k}": v for k, v in asdict(job).items() if k not in FREE}
     return {"task": type(task).__name__, **_flat("task", fields), **facts, **total, **task.facts()}

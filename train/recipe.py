@@ -85,7 +85,8 @@ def faults(recipe: dict[str, Any], where: str) -> list[Fault]:
     found = _of_table(cls, {k: v for k, v in given.items() if k in recipe["task"]}, "task", where, {*recipe} - {"task"})
     found += _of_table(Job, recipe.get("job", {}), "job", where)
     for table, inner in cls.TABLES.items():  # type: ignore[attr-defined]
-        found += _of_table(inner, given.get(table, {}), table, where)
+        if table in given:
+            found += _of_table(inner, given[table], table, where)
     if not found:
         try:
             build(recipe, where)

@@ -55,7 +55,8 @@ class AttentionMaps:
         return total / sum(count for _, count in self.sums.values())
 
     def _large(self, shape: tuple[int, int]) -> Tensor:
-        total = self.sums[shape][0].transpose(1, 2).unflatten(2, shape)
+        total = self.sums[shape][0].mT
+        total = total.reshape(*total.shape[:2], *shape)
         return F.interpolate(total, size=self.size, mode="bicubic", align_corners=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ class Extractor:
         return f"{self.name} {self.digest[:8]}"
 
 
+def pixel_statistics(folder: Path) -> tuple[Tensor, Tensor]:
+    """(mean, deviation) that a CLIP wants taken out of pixels in -1..1, [3,1,1] each, by its preprocessor_config.json; (0, 1)
+    where it has none."""
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    mean, deviation = (torch.tensor(config.get(k, [0.5] * 3))[:, None, None] for k in ("image_mean", "image_std"))
+    return 2 * mean - 1, 2 * deviation  # the file speaks of pixels in 0..1
+
+
 def clip_extractor(folder: str | Path, tokenizer: str | Path | None = None, batch: int = 32) -> Extractor:
     """The projected features of a CLIP in transformers' layout; tokenizer: its folder, where captions are to be read too.
 
@@ -47,11 +57,12 @@ def clip_extractor(folder: str | Path, tokenizer: str | Path | None = None, batc
         raise ModelError(f"{str(folder)!r} holds no model.safetensors")
     model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     side = int(model.config.vision_config.image_size)
+    mean, deviation = pixel_statistics(folder)
 
     @torch.no_grad()
     def images(pictures: Sequence[Image]) -> Tensor:
         scaled = [p.convert("RGB").resize((side, side), 3) for p in pictures]  # 3: bicubic
-        parts = [image.to_tensor(scaled[i : i + batch]) for i in range(0, len(scaled), batch)]
+        parts = [(image.to_tensor(scaled[i : i + batch]) - mean) / deviation for i in range(0, len(scaled), batch)]
         return torch.cat([model.visual_projection(model.vision_model(pixel_values=p).pooler_output) for p in parts])
 
     if tokenizer is None:

@@ -25,11 +25,11 @@ def frechet(real: Tensor, made: Tensor) -> float:
     for features in (real, made):
         if len(features) <= features.shape[1]:
             raise UsageError(f"a Frechet distance of {features.shape[1]} features takes more pictures than {len(features)}")
-    first, second = torch.cov(real.T), torch.cov(made.T)
-    values, vectors = torch.linalg.eigh(torch.atleast_2d(first))
+    first, second = _covariance(real), _covariance(made)
+    values, vectors = torch.linalg.eigh(first)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ torch.atleast_2d(second) @ root).clamp(min=0).sqrt().sum()
-    traces = torch.atleast_2d(first).trace() + torch.atleast_2d(second).trace()
+    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    traces = first.trace() + second.trace()
     return float((real.mean(0) - made.mean(0)).square().sum() + traces - 2 * cross)
 
 
@@ -110,6 +110,10 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise UsageError("features that are not finite cannot be compared")
     return a, b
+
+
+def _covariance(features: Tensor) -> Tensor:
+    return torch.cov(features.T).reshape(features.shape[1], features.shape[1])
 
 
 def _reach(features: Tensor, k: int) -> Tensor:

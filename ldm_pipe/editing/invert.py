@@ -111,9 +111,7 @@ class FixedPoint:
         return run.inverse(picture, ascend(run.guided, picture, run.levels, run.sampler, self.corrections)[0])
 
 
-def invert(
-    denoise: Denoiser, picture: Tensor, levels: Sequence[Level], sampler: Sampler, corrections: int = 0
-) -> Inverse:
+def invert(denoise: Denoiser, picture: Tensor, levels: Sequence[Level], sampler: Sampler, corrections: int = 0) -> Inverse:
     """The x at levels[0] from which `sampler` makes `picture` [B,C,H,W] along the falling levels, with one evaluation of every
     step and `corrections` more, and the walk itself once to tell the error.
 
@@ -125,9 +123,7 @@ def invert(
     return Inverse(x, _rms(back - picture), tuple(levels))
 
 
-def ascend(
-    denoise: Denoiser, picture: Tensor, levels: Sequence[Level], sampler: Sampler, corrections: int = 0
-) -> list[Tensor]:
+def ascend(denoise: Denoiser, picture: Tensor, levels: Sequence[Level], sampler: Sampler, corrections: int = 0) -> list[Tensor]:
     """`invert`'s x at every level of the walk, the noisiest first and the picture last."""
     if any(float(b.u) > float(a.u) for a, b in pairwise(levels)):
         raise UsageError("inversion takes the falling levels of the walk, not their reverse")

@@ -1,4 +1,5 @@
-"""Negative-prompt Inversion: Fast Image Inversion for Editing with Text-guided Diffusion Models, Miyake et al. 2023, 2305.16807.
+"""Negative-prompt Inversion: Fast Image Inversion for Editing with Text-guided Diffusion Models, Miyake et al. 2023, arXiv
+2305.16807.
 
 Null-text inversion without its optimisation: what it finds for the other branch is nearly the source prompt itself, with which
 guidance cancels in the source at any scale.
@@ -28,4 +29,4 @@ class NegativePrompt:
     def __call__(self, picture: Tensor, run: Remake) -> Inverse:
         """1 + corrections evaluations of every step, and the run itself."""
         x = ascend(run.plain, picture, run.levels, run.sampler, self.corrections)[0]
-        return run.inverse(picture, x, conds={"uncond": run.branches.conds["uncond"]})
+        return run.inverse(picture, x, conds={"uncond": run.branches.conds["cond"]})

@@ -62,10 +62,8 @@ class NullText:
             conds[here] = null
         return run.inverse(picture, trail[0], conds={"uncond": PerLevel(conds)})
 
-    def _fitted(
-        self, run: Remake, null: Cond, x: Tensor, pivot: Tensor, at: tuple[Level, Level, float]
-    ) -> tuple[Cond, Tensor]:
-        """The tokens with which one step from x comes nearest to the pivot, started from the last step's; and where it lands."""
+    def _fitted(self, run: Remake, null: Cond, x: Tensor, pivot: Tensor, at: tuple[Level, Level, float]) -> tuple[Cond, Tensor]:
+        """The tokens with which a step from x comes nearest to the pivot, started from the last step's; and where it lands."""
         here, there, part = at
         needed = run.rule.needs(here)
         with torch.no_grad():

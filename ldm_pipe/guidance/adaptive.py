@@ -24,12 +24,13 @@ class Adaptive:
     """The rule until the noises of the two branches have a cosine of `threshold`, then the positive branch alone, per sample.
 
     Works in the noise, whatever the network predicts. threshold: above 1 is the rule itself. guard: decides only where
-    u < guard; 1 is no guard. The step that decides is still guided; after it the other branches are not evaluated for that
-    sample, and the sub-batch shrinks. Where the noise rises above the level of the decision, guidance is on again.
+    u < guard, which by default is about half of the steps; 1 is no guard. The step that decides is still guided; after it the
+    other branches are not evaluated for that sample, and the sub-batch shrinks. Where the noise rises above the level of the
+    decision, guidance is on again.
     """
 
     threshold: float = 0.991
-    guard: float = 0.8
+    guard: float = 0.6
     rule: Rule = field(default_factory=CFG)
     positive: str = "cond"
     negative: str = "uncond"

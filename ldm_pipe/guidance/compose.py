@@ -42,5 +42,8 @@ class Compose:
         weights = self._weights
         rest = 1 - sum(weights.values())
         parts = [(w, estimates[n]) for n, w in weights.items()] + ([(rest, estimates[self.empty])] if rest else [])
-        x0, noise = (sum((w * e[k] for w, e in parts[1:]), parts[0][0] * parts[0][1][k]) for k in (0, 1))
-        return Estimate(x0, noise, parts[0][1].log_var)
+        weight, first = parts[0]
+        x0, noise = weight * first.x0, weight * first.noise
+        for weight, e in parts[1:]:
+            x0, noise = x0 + weight * e.x0, noise + weight * e.noise
+        return Estimate(x0, noise, first.log_var)

@@ -153,7 +153,8 @@ def solve(runs: Sequence[Sequence[Seen]], sampler: str, steps: int, scale: float
     levels = tuple(seen[0] for seen in runs[0]) if runs else ()
     if not runs or any(tuple(seen[0] for seen in run) != levels for run in runs):
         raise UsageError("linear_ag: a fit takes runs that went along the same levels")
-    own, other = ([torch.cat([run[t][k].flatten() for run in runs]) for t in range(len(levels))] for k in (1, 2))
+    own = [torch.cat([run[t][1].flatten() for run in runs]) for t in range(len(levels))]
+    other = [torch.cat([run[t][2].flatten() for run in runs]) for t in range(len(levels))]
     found = []
     for t in range(len(levels)):
         known = [*own[: t + 1], *(other[i] for i in range(t) if exact(i, len(levels)))]

@@ -69,7 +69,7 @@ class SAG:
         return Estimate(EPS.x0(x, noise, level), noise, guided.log_var)
 
     def _idle(self, level: Level) -> bool:
-        return self.scale == 0 or level.alpha == 0
+        return self.scale == 0 or float(level.alpha) == 0
 
 
 @dataclass(frozen=True)
@@ -86,4 +86,4 @@ class _Maps:
 
 def _upscaled(mask: Tensor, x: Tensor) -> Tensor:
     """A mask of positions [B,L] as one of x's pixels, [B,1,H,W]."""
-    return F.interpolate(mask.to(x).unflatten(1, grid(x, mask.shape[1]))[:, None], x.shape[2:])
+    return F.interpolate(mask.to(x).reshape(len(x), 1, *grid(x, mask.shape[1])), x.shape[2:])

@@ -67,5 +67,5 @@ class _Blur:
     def inputs(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if site.cross:
             return q, k, v
-        maps = q.mT.unflatten(-1, grid(self.x, q.shape[2]))
+        maps = q.mT.reshape(*q.mT.shape[:3], *grid(self.x, q.shape[2]))
         return blurred(maps, self.deviation).flatten(-2).mT, k, v

@@ -46,8 +46,5 @@ class Threshold:
         if bool(within.all()):
             return guided
         clipped = guided.with_x0(lambda x0: x0.clamp(-s, s) * (self.bound / s), x, level)
-        return Estimate(*(_either(within, a, b) for a, b in zip(guided[:2], clipped[:2], strict=True)), guided.log_var)
-
-
-def _either(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(where, a, b)
+        x0, noise = torch.where(within, guided.x0, clipped.x0), torch.where(within, guided.noise, clipped.noise)
+        return Estimate(x0, noise, guided.log_var)

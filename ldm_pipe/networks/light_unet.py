@@ -208,8 +208,8 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
-            x, more = stage(x, vector, tokens, added.pop(0) if added else None)
-            skips += more
+            x, own = stage(x, vector, tokens, added.pop(0) if added else None)
+            skips += own
         if down_block_additional_residuals is not None:
             skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
         x = self.mid_block(x, vector, tokens)

@@ -62,8 +62,10 @@ class SD3Text:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SD3Text:
         """The same encoders elsewhere."""
-        for tower in (*self.clips, *([self.t5] if self.t5 else [])):
-            tower.to(device, dtype)
+        for clip in self.clips:
+            clip.to(device, dtype)
+        if self.t5 is not None:
+            self.t5.to(device, dtype)
         return self
 
 

@@ -1,4 +1,4 @@
-"""Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis, Jin et al. 2023, arXiv 2306.08645, eq. 8.
+"""Training-free Diffusion Model Adaptation for Variable-Sized Text-to-Image Synthesis, Jin et al. 2023, arXiv 2306.08645.
 
 More positions than in training spread attention, fewer narrow it. Scaling the logits of self-attention by
 sqrt(log_T N / D) in place of sqrt(1 / D) keeps its entropy: N positions now, T in training, D channels of a head.

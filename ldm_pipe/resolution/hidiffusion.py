@@ -87,13 +87,13 @@ class HiDiffusion(Patch):
 
 def windows(x: Tensor, height: int, width: int, quarter: int) -> list[Tensor]:
     """[B,H*W,C] -> four of [B,H*W/4,C], each a quarter of the image moved by `quarter` quarters of a window (0 to 3)."""
-    image = x.unflatten(1, (height, width)).roll(_shift(height, width, quarter, -1), (1, 2))
+    image = x.reshape(len(x), height, width, -1).roll(_shift(height, width, quarter, -1), (1, 2))
     return [part.flatten(1, 2) for row in image.chunk(2, 1) for part in row.chunk(2, 2)]
 
 
 def joined(parts: list[Tensor], height: int, width: int, quarter: int) -> Tensor:
     """What `windows` took apart."""
-    squares = [part.unflatten(1, (height // 2, width // 2)) for part in parts]
+    squares = [part.reshape(len(part), height // 2, width // 2, -1) for part in parts]
     image = torch.cat([torch.cat(squares[:2], 2), torch.cat(squares[2:], 2)], 1)
     return image.roll(_shift(height, width, quarter, 1), (1, 2)).flatten(1, 2)
 

@@ -1,4 +1,4 @@
-"""MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation, Bar-Tal et al. 2023, arXiv 2302.08113, section 4, eq. 5.
+"""MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5.
 
 The network sees overlapping tiles of the size it was trained on; where tiles overlap, what it says of them is averaged, which
 is the closest image to all of them. Panoramas, and images of any size.

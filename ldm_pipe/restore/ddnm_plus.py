@@ -70,4 +70,4 @@ class DDNMScaled(Sampler):
         mean = mean + gain * weight * (m.operator.prox(estimate.x0, 0.0, m.y) - estimate.x0)
         if there.sigma == 0:
             return Step(mean, estimate)
-        return Step(mean + max(variance - (gain * spread) ** 2, 0.0) ** 0.5 * noise("step"), estimate)
+        return Step(mean + max(variance - spread**2, 0.0) ** 0.5 * noise("step"), estimate)

@@ -12,6 +12,7 @@ from typing import Any
 
 USUAL = 100
 STEPS: Mapping[str, int] = {"repaint": 25}  # with its jumps these are about 100 evaluations too
+SPACINGS: Mapping[str, str] = {"dmps": "leading"}  # it cannot start at alpha = 0, where a zero-terminal table does
 ROUNDS = 2  # of conjugate gradients in the proximal maps of latents, each two passes through the decoder and one back
 # The paper's kernel: (sampler, its fields).
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -31,6 +32,7 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 # Where the network lives in latents.
 LATENT: Mapping[str, Mapping[str, Any]] = {
     "dps": {"scale": 3.0},
+    "dps_score": {"scale": 0.005},
     "psld": {"omega": 3.0, "gamma": 0.5},
     "reddiff": {"rate": 0.2},
     "resample": {"scale": 3.0},

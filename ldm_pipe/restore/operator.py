@@ -106,7 +106,8 @@ class Measurement:
     def linear(self) -> Linear:
         """The operator, for methods that need its spectrum. Raises UsageError where there is none."""
         if not isinstance(self.operator, Linear):
-            raise UsageError(f"{type(self.operator).__name__} has no singular values; choose ddnm, diffpir, dps or reddiff")
+            what = type(self.operator).__name__
+            raise UsageError(f"{what} has no singular values, which this method needs; choose ddnm, diffpir, dps or reddiff")
         return self.operator
 
     def noised(self, level: Level, noise: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """ReSample: Solving Inverse Problems with Latent Diffusion Models via Hard Data Consistency, Song et al. 2023.
 
-arXiv 2307.08123, algorithm 1. The hard problem is solved in closed form where the operator is linear, and by one Gauss-Newton step on latents,
-instead of AdamW's hundreds; the clean latents that it starts from are the network's, without the official code's few further
-steps. The variance is as coded there (the paper's divides by abar_t).
+arXiv 2307.08123, algorithm 1. The hard problem is solved in closed form where the operator is linear, and by one Gauss-Newton
+step on latents, instead of AdamW's hundreds; the clean latents that it starts from are the network's, without the official
+code's few further steps. The variance is as coded there (the paper's divides by abar_t).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Token Merging for Fast Stable Diffusion, Bolya and Hoffman 2023, arXiv 2303.17604, section 4; ToMe, arXiv 2210.09461, section 3.
+"""Token Merging for Fast Stable Diffusion, Bolya and Hoffman 2023, arXiv 2303.17604, section 4; ToMe, arXiv 2210.09461.
 
 Before a self-attention, the positions that are most alike become one; after it, each takes back what its one was given. One
 position of every 2x2 square takes others in, the rest are given to the most similar of those, the most similar first.
@@ -91,7 +91,7 @@ class Merge:
 
     def undo(self, y: Tensor) -> Tensor:
         """[B,K+T,C] -> [B,L,C]: every position has what its one was given."""
-        keep, takers = y.split([self.keep.shape[1], len(self.takers)], dim=1)
+        keep, takers = y[:, : self.keep.shape[1]], y[:, self.keep.shape[1] :]
         out = y.new_empty(len(y), self.keep.shape[1] + len(self.takers) + self.gone.shape[1], y.shape[2])
         out[:, self.takers] = takers
         out.scatter_(1, self.keep[..., None].expand_as(keep), keep)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_pipe.analysis import clip_extractor, clip_score, coverage, frechet, kernel_distance, r_precision
+from ldm_pipe.analysis.extractor import pixel_statistics
 from ldm_pipe.errors import ModelError, UsageError
 from ldm_pipe.loading import BUILTIN
 
@@ -107,3 +108,12 @@ def test_the_built_in_clip_tells_pictures_apart_and_names_itself(tmp_path: Path)
     assert str(extractor) == f"clip(clip) {digest}"
     with pytest.raises(ModelError, match="holds no"):
         clip_extractor(tmp_path)
+
+
+def test_pixels_are_scaled_as_the_folder_says(tmp_path: Path) -> None:
+    assert [t.flatten().tolist() for t in pixel_statistics(tmp_path)] == [[0, 0, 0], [1, 1, 1]]
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.25, 1.0]}')
+    mean, deviation = pixel_statistics(tmp_path)
+    for value in (-1.0, 0.3):  # ((v + 1) / 2 - m) / s, channel by channel
+        expected = [((value + 1) / 2 - m) / s for m, s in ((0.5, 0.5), (0.25, 0.25), (0.75, 1.0))]
+        assert ((value - mean) / deviation).flatten().tolist() == pytest.approx(expected)

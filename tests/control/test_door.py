@@ -10,10 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ldm_pipe import LdmError, UsageError, recipe
+from ldm_pipe import LdmError, Pipeline, UsageError, recipe
 from ldm_pipe.cli import main
+from ldm_pipe.control.controlnet import ControlNet
+from ldm_pipe.control.t2i_adapter import T2IAdapter
+from ldm_pipe.controls import Controls
+from ldm_pipe.image import to_tensor
+from ldm_pipe.plan import patched
 from ldm_pipe.request import Request
 
 Tiny = Callable[[str], Path]
@@ -57,6 +63,21 @@ def test_it_steers_and_replays(place: Path, flags: list[str], capsys: pytest.Cap
     other = [w.replace("lines", "x").replace("sketch", "lines").replace("x", "sketch") for w in control]
     assert main(["--replay", "steered.png", "--verify", *other, *flags]) == 2
     assert "not the network" in capsys.readouterr().err
+
+
+def test_it_is_what_python_makes_of_the_same(place: Path, tiny: Tiny, nets: list[Any], adapters: list[Any]) -> None:
+    """Pictures in 0..1, brought to the size of the image."""
+    pipe = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32")
+    picture, whole = Image.open("one.png"), pipe.plan("a fox", seed=3)
+    hint = to_tensor([picture]) / 2 + 0.5
+    by_hand = [ControlNet(nets[0], hint, 0.8, lo=0.3), T2IAdapter.of(adapters[0], hint, scale=0.8, lo=0.3)]
+    for folder, patch in zip(("lines", "sketch"), by_hand, strict=True):
+        controls = Controls.of([folder], 1, [0.8], {"lo": "0.3"})
+        expected = next(pipe.run(patched(whole, pipe.bundle.model, [patch]))).latents
+        assert torch.equal(next(pipe.run(controls.applied(pipe, whole, [picture]))).latents, expected)
+        large = picture.resize((96, 96), Image.Resampling.NEAREST)
+        near = next(pipe.run(controls.applied(pipe, whole, [large]))).latents
+        assert float((near - expected).norm() / expected.norm()) < 0.3
 
 
 def test_scale_0_is_no_control(place: Path, flags: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,7 +38,10 @@ def remake() -> Callable[..., Remake]:
     def made(sampler: Sampler, steps: int = 50, scale: float = 7.5, rows: int = 1, path: Path | None = None) -> Remake:
         path = path or VP.linear()
         model, rule = Model(Affine(path), path, EPS), CFG(scale)
-        conds = {"cond": Cond(tokens=torch.zeros(rows, 1, 6, dtype=torch.float64)), "uncond": Cond(tokens=NULL.repeat(rows, 1, 1))}
+        conds = {
+            "cond": Cond(tokens=torch.zeros(rows, 1, 6, dtype=torch.float64)),
+            "uncond": Cond(tokens=NULL.repeat(rows, 1, 1)),
+        }
         noise = Noise(tuple(range(rows)), (4, 1, 1), dtype=torch.float64)
         return Remake(model.branches(**conds), rule, tuple(levels.leading(path, steps)), sampler, noise)
 

@@ -109,6 +109,8 @@ def test_maps_are_averaged_over_the_run_and_start_fresh(diffusers_model: Make, k
     for (side, *where), total in every.items():
         assert side == 0
         torch.testing.assert_close(total, torch.full_like(total, 5.0 * layers[tuple(where)]))  # type: ignore[index]
+    both = steps(model, blend(model, words=((2,), (2,))))[-1].memory[1]
+    assert all(not torch.allclose(both[0, *where], both[1, *where]) for where in layers), "each side looks at its own picture"
 
 
 @kinds

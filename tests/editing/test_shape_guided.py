@@ -33,9 +33,9 @@ def site(cross: bool, level: Level = LEVEL, bias: Tensor | None = None) -> Site:
     return Site("a", cross, Rows(("cond", "uncond"), 2, level), lambda t: t, bias)
 
 
-def weights(rule: InsideOutside, cross: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def weights(rule: InsideOutside, cross: bool, bias: Tensor | None = None, tokens: int = 7) -> tuple[Tensor, Tensor]:
     """The maps that a rule leaves, of 4 rows, 2 heads and 64 places, and the usual ones: the values are unit vectors."""
-    count = 7 if cross else 64
+    count = tokens if cross else 64
     q, k = drawn(4, 2, 64, 8), drawn(4, 2, count, 8, seed=1)
     v = torch.eye(count).expand(4, 2, count, count)
     usual = site(cross, bias=bias).maps(q, k, slice(None))
@@ -66,6 +66,9 @@ def test_cross_attention_is_split_exactly() -> None:
         scale = torch.tensor([1.0, 2.5 if row == 1 else 1.0, 1.0])
         torch.testing.assert_close(out[row][:, inside][..., 1:4], usual[row][:, inside][..., 1:4] * scale)
     assert torch.equal(out[[0, 2]], usual[[0, 2]])
+    even, _ = weights(InsideOutside(MASK, (1,)), cross=True, tokens=8)
+    assert bool((even[1][..., 7] == 0).all()), "a place that is left over belongs to none"
+    assert bool((even[1][:, inside][..., 4:] == 0).all())
     same, usual = weights(InsideOutside(MASK, (1,), new=(2,), scale=1.0), cross=True)
     assert bool((same[1].sum(-1) < 1).all())
     assert bool((same[1] <= usual[1] + 1e-6).all())

@@ -48,7 +48,15 @@ def test_black_is_kept_to_the_bit_under_every_sampler(pipe: Pipeline, sampler: s
 def test_the_steps_that_are_said_are_run(pipe: Pipeline, strength: float, steps: int) -> None:
     out = pipe("a fox", seed=1, steps=10, strength=strength, guidance_scale=1, init_image=picture(), spacing="trailing")
     assert out.evaluations["cond"] == steps
-    assert out.settings.walked == steps
+    assert out.walked == steps
+
+
+def test_steps_are_counted_as_they_run(pipe: Pipeline) -> None:
+    """Quadratic times that fall together are walked once: what is said is the walk's number, not a share of what was asked."""
+    seen = list[int]()
+    asked = {"steps": 100, "spacing": "quadratic", "strength": 0.5, "guidance_scale": 1}
+    out = pipe("a fox", seed=1, on_step=lambda step: seen.append(step.number), init_image=picture(), **asked)
+    assert out.walked == len(seen) == out.evaluations["cond"] < 50
 
 
 def test_little_strength_leaves_the_picture(pipe: Pipeline) -> None:

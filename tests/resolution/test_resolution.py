@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,8 +29,9 @@ def unet() -> UNet:
     """Three stages, attention in all of them, trained on 8x8."""
     torch.manual_seed(0)
     config = Config(
-        block_out_channels=(8, 8, 8), down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=12, norm_num_groups=4, attention_head_dim=2, layers_per_block=1, sample_size=8,
+        block_out_channels=(8, 8, 8), down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3, cross_attention_dim=12, norm_num_groups=4, attention_head_dim=2,
+        layers_per_block=1, sample_size=8,
     )  # fmt: skip
     found = UNet(config).double().requires_grad_(False)
     for weight in found.parameters():
@@ -146,7 +148,7 @@ def test_the_outermost_stages_are_left_alone(unet: UNet) -> None:
     assert len([n for n in names if n.startswith("mid_block")]) == 4
     only = ScaleCrafter(layers="mid_block").changes(unet, Run(WALK))
     assert {n.split(".")[0] for n in only} == {"mid_block"}
-    with pytest.raises(Exception, match="'down_blocks.3' is not a layer"):
+    with pytest.raises(Exception, match=r"'down_blocks\.3' is not a layer"):
         ScaleCrafter(layers="down_blocks.3").changes(unet, Run(WALK))
 
 
@@ -157,6 +159,16 @@ def test_deep_features_are_those_of_half_the_side_early_on(unet: UNet) -> None:
     assert [early[n][0] for n in names] == [4, 2, 4, 16, 16]
     late = shapes(unet, patch, 4, 16, *names)
     assert [late[n][0] for n in names] == [8, 4, 8, 16, 16]
+
+
+def test_the_halving_by_four_is_the_halving_of_every_second_pixel(unet: UNet) -> None:
+    name = "down_blocks.0.downsamplers.0.conv"
+    conv, x = unet.get_submodule(name), torch.randn(1, 8, 16, 16).double()
+    token = ROWS.set(Rows(("cond",), 1, WALK[0]))
+    with changed(unet, {name: [HiDiffusion().changes(unet, Run(WALK))[name]]}):
+        found = conv(x)
+    ROWS.reset(token)
+    torch.testing.assert_close(found, conv(x[..., ::2, ::2]))
 
 
 def test_windows_take_an_image_apart_and_join_it() -> None:
@@ -203,7 +215,7 @@ def test_tiles_cover_and_overlap() -> None:
         found = starts(length, size, overlap)
         assert found[0] == 0
         assert found[-1] == max(0, length - size)
-        assert all(b - a <= max(1, size * (1 - overlap)) + 0.5 for a, b in zip(found, found[1:], strict=False))
+        assert all(b - a <= max(1, size * (1 - overlap)) + 0.5 for a, b in pairwise(found))
 
 
 def test_a_tile_is_answered_alone_and_overlaps_are_means(unet: UNet) -> None:

@@ -15,11 +15,12 @@ from ldm_pipe import Pipeline, UsageError, levels, registry
 from ldm_pipe.cli import main
 from ldm_pipe.editing.source import Source
 from ldm_pipe.image import to_tensor
-from ldm_pipe.restoration import MADE_HERE, Inpainting, Restoration, borders
+from ldm_pipe.restoration import MADE_HERE, Inpainting, Restoration
 from ldm_pipe.restore import defaults
 from ldm_pipe.restore.latent import Latent
 from ldm_pipe.restore.repaint import RePaint
 from ldm_pipe.samplers.ddpm import DDPM
+from ldm_pipe.settings import borders
 
 Tiny = Callable[[str], Path]
 SIDE = 32
@@ -51,6 +52,9 @@ def test_defaults_name_what_there_is() -> None:
     for name, (sampler, fields) in defaults.KERNELS.items():
         registry.build("sampler", sampler, **fields)
         assert name in registry.KINDS["restoration"]
+    for method, spacing in defaults.SPACINGS.items():
+        assert method in registry.KINDS["restoration"]
+        assert spacing in registry.KINDS["spacing"]
     for table in (defaults.LATENT, defaults.UNDER_MASK):
         for name, fields in table.items():
             known = dict(registry.entry("restoration", name).fields)
@@ -96,6 +100,7 @@ def test_what_is_not_given_is_the_methods_own(pipe: Pipeline) -> None:
     plan = Restoration("pool(4)", "ddnm").plan(pipe, [""], picture(8, 8))
     assert (plan.given.sampler, plan.given.sampler_set, plan.given.steps) == ("renoise", {"eta": 0.85}, 100)
     assert plan.given.guidance_scale == 1
+    assert Restoration("pool(4)", "dmps").plan(pipe, [""], picture(8, 8)).given.spacing == "leading"
     given = Restoration("pool(4)", "dps", {"scale": 2.0}).plan(pipe, ["a fox"], picture(8, 8), sampler="euler", steps=3)
     assert (given.given.sampler, given.given.steps, given.given.guidance_scale) == ("euler", 3, 3)
     assert given.recorded["restoration"]["fields"] == {"scale": 2.0}
@@ -162,7 +167,8 @@ def test_outpainting_keeps_the_picture_to_the_bit(pipe: Pipeline, method: str) -
 
 
 DOORS = [
-    (["--restore", "pool(4)", "--input", "small.png", "--method", "diffpir", "--set", "restore.weight=2"], ["--input", "small.png"]),
+    (["--restore", "pool(4)", "--input", "small.png", "--method", "diffpir", "--set", "restore.weight=2"],
+     ["--input", "small.png"]),
     (["--init-image", "in.png", "--mask", "mask.png", "--method", "repaint", "--set", "restore.times=2"],
      ["--init-image", "in.png", "--mask", "mask.png"]),
     (["--init-image", "in.png", "--outpaint", "4", "--method", "ilvr"], ["--init-image", "in.png"]),

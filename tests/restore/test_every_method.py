@@ -216,9 +216,7 @@ NEUTRAL = {
     "ilvr": named("ilvr", sampler=DPM2M(), weight=0.0),
     "ilvr above 1": named("ilvr", sampler=DPM2M(), least=1.01),
     "psld": lambda m: build("restoration", "psld", measurement=m, codec=Halved(), sampler=DPM2M(), omega=0.0, gamma=0.0),
-    "resample": lambda m: build(
-        "restoration", "resample", measurement=m, codec=Halved(), sampler=DPM2M(), scale=0.0, every=0
-    ),
+    "resample": lambda m: build("restoration", "resample", measurement=m, codec=Halved(), sampler=DPM2M(), scale=0.0, every=0),
     "resample before it begins": lambda m: build(
         "restoration", "resample", measurement=m, codec=Halved(), sampler=DPM2M(), scale=0.0, begin=0.0, every=1
     ),

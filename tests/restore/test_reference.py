@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_pipe import Level, sample
 from ldm_pipe.analysis import Closeness, closeness
+from ldm_pipe.levels import jumps
 from ldm_pipe.noise import StepNoise
 from ldm_pipe.restore.adir import ADIR
 from ldm_pipe.restore.ddnm import DDNM
@@ -21,7 +22,6 @@ from ldm_pipe.restore.dmps import DMPS
 from ldm_pipe.restore.dps import DPS, DPSScore
 from ldm_pipe.restore.exact import ExactGuidance
 from ldm_pipe.restore.ilvr import ILVR
-from ldm_pipe.levels import jumps
 from ldm_pipe.restore.operator import Measurement
 from ldm_pipe.restore.repaint import RePaint
 from ldm_pipe.samplers.ddpm import DDPM
@@ -120,5 +120,5 @@ def test_a_measurement_without_a_spectrum_is_refused_by_name(reference: Make) ->
     from ldm_pipe.restore.clip import Clip
 
     measurement = Measurement(Clip(), torch.zeros(1, *(2, 2, 2)))
-    with pytest.raises(UsageError, match="Clip has no singular values; choose"):
+    with pytest.raises(UsageError, match="Clip has no singular values, which this method needs; choose"):
         measurement.linear.pinv(measurement.y)

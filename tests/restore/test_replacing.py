@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import CLEAN, Level, Noise, UsageError, levels, sample, trajectory
+from ldm_pipe.levels import jumps
 from ldm_pipe.model import Estimate
 from ldm_pipe.path import VP
 from ldm_pipe.restore.blended import BlendedLatent, paste
 from ldm_pipe.restore.ddnm import DDNM
 from ldm_pipe.restore.ilvr import ILVR
-from ldm_pipe.levels import jumps
 from ldm_pipe.restore.mask import Mask
 from ldm_pipe.restore.operator import Measurement
 from ldm_pipe.restore.repaint import RePaint

@@ -35,7 +35,7 @@ def test_the_draw_is_the_product_of_two_gaussians(m: Measurement, codec: Any, dr
         mass = product.sum()
         mean = (line * product).sum() / mass
         spread = ((line - mean) ** 2 * product).sum() / mass
-        found = ReSample(m, codec, DDIM())._drawn(z0, z, here, there, lambda tag="step": fresh)
+        found = ReSample(m, codec, DDIM())._drawn(z0, z, here, there, lambda tag="step", fresh=fresh: fresh)
         assert float(found) == pytest.approx(float(mean + spread.sqrt() * fresh), abs=1e-6)
 
 
@@ -86,7 +86,9 @@ def test_the_data_are_met_at_every_nth_step_once_it_has_begun(
     assert (left < 1e-4) == latents
 
 
-def test_the_wrapped_samplers_memory_goes_through(m: Measurement, codec: Any, noise: Noise, draw: Callable[..., Tensor]) -> None:
+def test_the_wrapped_samplers_memory_goes_through(
+    m: Measurement, codec: Any, noise: Noise, draw: Callable[..., Tensor]
+) -> None:
     from ldm_pipe import Gaussian
     from ldm_pipe.samplers.dpm2m import DPM2M
 

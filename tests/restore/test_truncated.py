@@ -46,6 +46,10 @@ def test_the_start_is_the_pseudo_inverse_or_the_estimate(reference: Any, noise: 
     given = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)
     assert torch.allclose(Truncated(m, DDPM()).start(z, level), 0.6 * m.operator.pinv(m.y) + 0.8 * z)
     assert torch.allclose(Truncated(m, DDPM(), given).start(z, level), 0.6 * given + 0.8 * z)
+    noisy = reference("pool2", 0.5).measurement  # with noise in the data, as well as its deviation allows: a ridge
+    a = noisy.operator.matrix
+    ridge = torch.linalg.solve(a.T @ a + 0.25 * torch.eye(8, dtype=torch.float64), a.T @ noisy.y[0]).reshape(1, *SHAPE)
+    assert torch.allclose(Truncated(noisy, DDPM()).start(z, level), 0.6 * ridge + 0.8 * z)
 
 
 def test_a_data_step_after_each_step(reference: Any) -> None:

@@ -13,7 +13,8 @@ from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
 from ldm_pipe import EPS, VP, Cond, Flow, Gaussian, Level, Model, Noise, UsageError, levels, sample
-from ldm_pipe.model import Estimate
+from ldm_pipe.guidance.cfg import CFG
+from ldm_pipe.model import Estimate, guided
 from ldm_pipe.samplers.ddpm import DDPM
 
 THEIRS = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
@@ -83,3 +84,23 @@ def test_the_last_step_draws_nothing(prior: Gaussian, noise: Noise) -> None:
     x = noise.start()
     step = DDPM("large").step(prior, x, here, Level(2.0, 0.0), None, noise.at(0))
     assert torch.equal(step.x, 2 * prior(x, here).x0)
+
+
+def test_a_learned_variance_is_split_off_before_guidance(prior: Gaussian, noise: Noise) -> None:
+    """Guidance moves the noise half alone, by the same bits as without a variance; the other half is the condition's own."""
+    path, other = VP.linear(), Gaussian(-prior.mean, prior.covariance)
+
+    def of(x: Tensor, time: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        label = cond.extras["label"].reshape(-1, 1, 1, 1)
+        both = prior.network(path, EPS)(x, time, cond), other.network(path, EPS)(x, time, cond)
+        return torch.where(label == 1, *both), torch.tanh(x + label)
+
+    conds = {n: Cond(extras={"label": torch.full((3,), float(k))}) for k, n in enumerate(("uncond", "cond"))}
+    wide = Model(lambda x, time, cond: torch.cat(of(x, time, cond), dim=1), path, EPS)
+    plain = Model(lambda x, time, cond: of(x, time, cond)[0], path, EPS)
+    x, level = noise.start(), path.level(600)
+    got, right = (guided(m.branches(**conds), CFG(4.0))(x, level) for m in (wide, plain))
+    assert torch.equal(got.x0, right.x0)
+    assert torch.equal(got.noise, right.noise)
+    assert got.log_var is not None
+    assert torch.equal(got.log_var, torch.tanh(x + 1))

@@ -16,10 +16,10 @@ from ldm_pipe.networks.light_unet import UNet as Light
 from ldm_pipe.networks.unet import UNet
 from ldm_pipe.patch import Change, Patch, Patched, Run
 
-SHAPE = (4, 8, 8)
+SHAPE, GUIDED = (4, 8, 8), CFG(3)
 CONFIG = Config(
     block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=12, norm_num_groups=4, attention_head_dim=2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=12, norm_num_groups=4, attention_head_dim=2,
 )  # fmt: skip
 
 
@@ -54,14 +54,14 @@ class Counting(Patch):
 def draw(model: Model) -> Callable[..., Tensor]:
     """draw(*patches, steps=10, sampler="ddim", rule=CFG(3)): x at the end of a walk."""
 
-    def run(*patches: Patch, steps: int = 10, sampler: Any = "ddim", rule: Any = CFG(3)) -> Tensor:
+    def run(*patches: Patch, steps: int = 10, sampler: Any = "ddim", rule: Any = GUIDED) -> Tensor:
         tokens = torch.randn(2, 1, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         denoise = guided(model.branches(cond=Cond(tokens[0]), uncond=Cond(tokens[1])), rule)
         walk, noise = levels.trailing(model.path, steps), Noise((3,), SHAPE, dtype=torch.float64)
         how = build("sampler", sampler) if isinstance(sampler, str) else sampler
         for patch in patches:
-            how = patch.sampler(how, Run(tuple(walk)))
-        return sample(Patched(model, patches, Run(tuple(walk)))(denoise), noise.start(), walk, how, noise)
+            how = patch.sampler(how, Run.of(model, walk))
+        return sample(Patched(model, patches, Run.of(model, walk))(denoise), noise.start(), walk, how, noise)
 
     return run
 

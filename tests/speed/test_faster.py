@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import Estimate, Model, UsageError, build, levels
+from ldm_pipe import CFG, Between, Estimate, Model, UsageError, build, levels
 from ldm_pipe.cond import ROWS, Rows
 from ldm_pipe.level import Level
 from ldm_pipe.patch import Run, changed, root
@@ -21,6 +21,7 @@ Draw = Callable[..., Tensor]
 def test_the_key_steps_are_the_papers() -> None:
     assert Faster().at(50) == (0, 1, 2, 3, 5, 10, 15, 25, 35)
     assert Faster().at(20) == (0, 1, 2, 3, 4, 6, 10, 14)
+    assert Faster().at(25) == (0, 1, 2, 3, 5, 8, 12, 18)
     assert Faster().at(2) == (0, 1)
     assert Faster("all").at(3) == (0, 1, 2)
     assert Faster("2 7 99").at(10) == (0, 2, 7)
@@ -58,6 +59,53 @@ def test_fewer_keys_are_further_from_the_whole(draw: Draw) -> None:
     errors = [float((draw(Faster(keys, 0.0)) - plain).norm()) for keys in ("all", "0 1 2 3 4 5 6 8", "0 2 4 6 8", "0")]
     assert errors[0] == 0
     assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("rule", [CFG(3), CFG(1), Between(0.3, 0.8, CFG(3))])
+def test_parallel_ways_up_are_the_serial_ones(rule: Any, draw: Draw) -> None:
+    for sampler in ("ddim", "heun"):
+        serial, at_once = (draw(Faster("0 1 4 6", 0.0, parallel), sampler=sampler, rule=rule) for parallel in (False, True))
+        if sampler == "ddim" and isinstance(rule, CFG):
+            torch.testing.assert_close(at_once, serial, rtol=1e-9, atol=1e-9)
+        assert bool(at_once.isfinite().all())
+    keys_only = draw(Faster("all", 0.0, parallel=True), rule=rule)
+    assert torch.equal(keys_only, draw(rule=rule))
+
+
+def test_parallel_asks_the_network_at_key_steps_only(draw: Draw, counting: Any) -> None:
+    count = counting("conv_in", "mid_block", "up_blocks.0", "conv_out")
+    draw(count, Faster("0 1 4 6", 0.0, parallel=True), steps=10)
+    assert count.found == {"conv_in": 4, "mid_block": 4, "up_blocks.0": 4, "conv_out": 4}
+
+
+@torch.no_grad()
+def test_parallel_with_features_from_outside_and_tokens_that_change(model: Model) -> None:
+    """A ControlNet's residuals go to every step of the batch; with other tokens nothing that was kept is given."""
+    walk = tuple(levels.trailing(model.path, 4))
+    network, run = root(model), Run.of(model, walk)
+    generator = torch.Generator().manual_seed(1)
+    x, tokens, other = (torch.randn(2, *s, generator=generator).double() for s in ((4, 8, 8), (5, 12), (5, 12)))
+    shapes = [(8, 8)] * 3 + [(8, 4)] + [(16, 4)] * 2
+    down = [torch.randn(2, c, s, s, generator=generator).double() for c, s in shapes]
+    given: dict[str, Any] = {"down_block_additional_residuals": down, "mid_block_additional_residual": down[-1]}
+
+    def ask(step: int, text: Tensor) -> Tensor:
+        token = ROWS.set(Rows(("cond",), 2, walk[step]))
+        out: Tensor = network(x, torch.tensor([run.times[step]] * 2), encoder_hidden_states=text, **given)[0]
+        ROWS.reset(token)
+        return out
+
+    plain = [ask(k, tokens) for k in range(2)]
+    anew = ask(1, other)
+    with changed(network, {n: [c] for n, c in Faster("0 2", 0.0).changes(network, run).items()}):
+        serial = [ask(k, tokens) for k in range(2)]
+    with changed(network, {n: [c] for n, c in Faster("0 2", 0.0, parallel=True).changes(network, run).items()}):
+        at_once = [ask(k, tokens) for k in range(2)]
+        ask(0, tokens)
+        torch.testing.assert_close(ask(1, other), anew)
+    torch.testing.assert_close(at_once[0], plain[0])
+    torch.testing.assert_close(at_once[1], serial[1])
+    assert not torch.allclose(serial[1], plain[1])
 
 
 def test_heun_asks_twice_and_counts_one_step(draw: Draw, counting: Any) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ldm_pipe import Pipeline
 from ldm_pipe.errors import UsageError
-from ldm_pipe.loading import load
+from ldm_pipe.loading import BUILTIN, load
 from train import gradient_checkpointing
 from train.__main__ import main
 from train.data.dataset import Data
@@ -168,6 +168,23 @@ def test_checkpointed_blocks_give_the_same_gradients(make: Any) -> None:
         gradient_checkpointing.use(torch.nn.Linear(1, 1))
 
 
+def test_repa_aligns_a_site_with_a_frozen_encoder_and_leaves_no_trace(make: Any, tmp_path: Path) -> None:
+    clip = str(BUILTIN / "clip")
+    site = "unet.mid_block.resnets.0"
+    for name, repa in [("with", {"encoder": clip, "site": site, "weight": 1.0}), ("without", {})]:
+        run(make("flow", repa=repa, data={"buckets": False}), job(tmp_path / name, steps=12))
+    rows = [json.loads(x) for x in (tmp_path / "with" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["aligned"] < 0.7 * rows[0]["aligned"]
+    assert all(r["loss"] == pytest.approx(r["error"] + r["aligned"], rel=1e-4) for r in rows)
+    both = [load_file(tmp_path / n / "export" / UNET) for n in ("with", "without")]
+    assert both[0].keys() == both[1].keys()
+    assert not torch.equal(both[0]["mid_block.resnets.0.conv1.weight"], both[1]["mid_block.resnets.0.conv1.weight"])
+    with pytest.raises(UsageError, match=r"no module 'unet\.middle'"):
+        make(repa={"encoder": clip, "site": "unet.middle"}).net()
+    with pytest.raises(UsageError, match="is not a folder"):
+        make(repa={"encoder": "nowhere", "site": site}).net()
+
+
 def test_a_mask_hides_its_part(make: Any, tmp_path: Path) -> None:
     task = make(data={"buckets": False}).grouped(1)
     task.net()
@@ -191,6 +208,23 @@ def test_the_recipe_runs_from_the_command_line(photos: Path, tiny: Any, tmp_path
     assert load(tmp_path / "run" / "export")
     assert main([*words, *small, "--set", "objective.weight=p2"]) == 2
     assert "task.objective.weight was 'min_snr'" in capsys.readouterr().err
+
+
+def test_an_average_of_another_width_is_exported(photos: Path, tiny: Any, tmp_path: Path) -> None:
+    words = ["--config", "configs/finetune.toml", "--set", f"data.path={photos}", "--set", f"task.model={tiny('v')}"]
+    words += ["--set", f"data.cache={tmp_path / 'cache'}", "--set", f"job.output={tmp_path / 'run'}"]
+    words += ["--set", "job.steps=6", "--set", "job.batch=2", "--set", "job.save_every=2"]
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(Path("configs/finetune.toml").read_text().replace("[job]", "[job]\npost_hoc = [0.05, 0.1]"))
+    words[1] = str(recipe)
+    for stop in ("3", "0"):
+        assert main([*words, "--set", f"job.stop={stop}"]) in (0, None)
+    assert len(list((tmp_path / "run" / "averages").iterdir())) == 8  # at 2, 3, 4 and 6
+    assert main(["average", *words, "--width", "0.08", "-o", str(tmp_path / "mid")]) == 0
+    both = [load_file(tmp_path / f / UNET)["conv_out.weight"] for f in ("mid", "run/export")]
+    assert not torch.equal(*both)
+    assert torch.allclose(*both, atol=1e-3)
+    assert load(tmp_path / "mid")
 
 
 def test_check_names_file_and_line(photos: Path, tiny: Any, tmp_path: Path, capsys: Any) -> None:

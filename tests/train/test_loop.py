@@ -118,6 +118,16 @@ def test_lines_of_the_log_are_those_of_a_straight_run(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "a")) == 2
 
 
+def test_lines_of_steps_that_are_trained_again_go(tmp_path: Path) -> None:
+    run(Fit(), job(tmp_path, stop=4))
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:  # a kill after step 5, amid a line
+        file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
+    run(Fit(), job(tmp_path))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+    assert 9.0 not in losses(tmp_path)
+
+
 def test_parts_of_a_batch_are_the_same_step_to_rounding(straight: dict[int, Path]) -> None:
     ids, whole = range(8), Fit().batch(0, range(8))
     parts = parts_of({**whole, "names": [str(i) for i in ids], "scale": 2.0}, 4)
@@ -386,6 +396,26 @@ def test_kills_at_random_moments_are_survived() -> None:
     out = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
     assert out.returncode == 0, out.stdout + out.stderr
     assert "weights identical, losses identical, 0 leftovers" in out.stdout
+
+
+def test_a_run_leaves_a_report_and_a_card(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Judged(Fit):
+        def validate(self, net: Any, folder: Path) -> dict[str, float]:
+            assert not net.training
+            folder.mkdir(parents=True)
+            (folder / "00.png").write_bytes(b"picture")
+            return {"held_out": 0.5 / (1 + len(list(folder.parent.iterdir())))}
+
+    run(Judged(), job(tmp_path, validate_every=6))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 3  # loss, lr, held_out
+    assert "held_out: 0.25 at step 6, 0.1667 at step 12" in page
+    assert page.count("data:image/png;base64,cGljdHVyZQ==") == 2
+    assert "src=http" not in page.replace('"', "")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "| job.lr | 0.1 |" in card
+    assert "12 steps" in card
 
 
 # --- small laws

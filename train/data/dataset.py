@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from PIL import Image
@@ -109,8 +109,8 @@ class Dataset:
 
     def part(self, rows: Sequence[int]) -> Dataset:
         """Some of the rows as a data set of their own."""
-        lists = {n: tuple(getattr(self, n)[i] for i in rows) for n in ("rows", "originals", "digests")}
-        return replace(self, **lists)
+        some = [tuple(values[i] for i in rows) for values in (self.rows, self.originals, self.digests)]
+        return Dataset(self.data, self.source, some[0], some[1], some[2], self.sizes, self.group)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.rows)

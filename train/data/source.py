@@ -154,10 +154,10 @@ def _records(table: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, 
         for record in reader:
             yield reader.line_num, {k: v for k, v in record.items() if k is not None}
         return
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+    for number, written in enumerate(lines, 1):
+        if written.strip():
             try:
-                record = json.loads(line)
+                record = json.loads(written)
             except ValueError as error:
                 faults.append(Fault(f"{table.name}:{number}", f"is not JSON: {error}"))
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from train.objectives.objective import Objective
+from train.objectives.repa import Alignment, Teacher, width_of
 from train.objectives.uncertainty import LogVariance
 
 
@@ -16,7 +18,10 @@ class DenoiserLoss(nn.Module):
     """A bundle's network under an objective. Only what is trained is a part of it, so checkpoints hold nothing else.
 
     text: the text encoder, where it is trained along; else prompts come encoded, or as ids that the frozen one encodes.
+    `teacher` may be set to align a site of the network with a frozen encoder (REPA).
     """
+
+    teacher: Teacher | None
 
     def __init__(
         self, bundle: Any, objective: Objective, text: nn.Module | None = None, uncertainty: LogVariance | None = None
@@ -24,6 +29,7 @@ class DenoiserLoss(nn.Module):
         super().__init__()
         self.model, self.objective, self.uncertainty = bundle.model, objective, uncertainty
         self.text = text.requires_grad_(True).eval() if text is not None else None
+        self.teacher = None
         self.frozen = {"codec": bundle.codec, "text": bundle.text}  # in a mapping: no modules of this one
 
     def train(self, mode: bool = True) -> DenoiserLoss:
@@ -35,8 +41,21 @@ class DenoiserLoss(nn.Module):
         """-> loss; error: the plain squared one; each, u: [B]."""
         cond = self._cond(batch)
         x0 = batch["x0"] if "x0" in batch else self._latents(batch["images"])
-        terms = self.objective(self.model, x0, batch, cond, batch.get("mask"), self.uncertainty)
-        return {"loss": terms.loss.mean(), "error": terms.error.mean(), "each": terms.loss.detach(), "u": terms.u}
+        watching = self.teacher.head.watching(self.model.network) if self.teacher else contextlib.nullcontext([])
+        with watching as seen:
+            terms = self.objective(self.model, x0, batch, cond, batch.get("mask"), self.uncertainty)
+        if self.teacher is None:
+            return {"loss": terms.loss.mean(), "error": terms.error.mean(), "each": terms.loss.detach(), "u": terms.u}
+        aligned = self.teacher(seen[0], batch["images"])
+        each = terms.loss + aligned
+        found = {"loss": each.mean(), "error": terms.error.mean(), "aligned": aligned.mean()}
+        return {**found, "each": each.detach(), "u": terms.u}
+
+    def width_at(self, site: str, batch: dict[str, Tensor]) -> int:
+        """Channels of what a module of the network puts out, found by one evaluation."""
+        with torch.no_grad(), Alignment(site, 1, 1).watching(self.model.network) as seen:
+            self(batch)
+        return width_of(seen[0])
 
     def _cond(self, batch: dict[str, Tensor]) -> Cond:
         """The text, and in the extras whatever else a network may want to know (SDXL: the sizes of the cut)."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_pipe.analysis.extractor import pixel_statistics
 from ldm_pipe.errors import UsageError
 
 
@@ -51,7 +54,7 @@ class Alignment(nn.Module):
         """hidden as the site gives it, target [B,features,H,W] -> 1 - cosine, averaged over places, [B]."""
         places = _as_map(hidden).permute(0, 2, 3, 1)  # [B,h,w,width]
         wanted = F.interpolate(target, size=places.shape[1:3], mode="bilinear", antialias=False, align_corners=False)
-        mine = self.head(places.to(self.head[0].weight.dtype)).permute(0, 3, 1, 2)
+        mine = self.head(places.float()).permute(0, 3, 1, 2)
         return 1 - F.cosine_similarity(mine.float(), wanted.float(), dim=1).mean(dim=(1, 2))
 
 
@@ -65,8 +68,45 @@ def _as_map(hidden: Tensor) -> Tensor:
     return hidden.transpose(1, 2).reshape(len(hidden), -1, side, side)
 
 
-def patch_features(vision: nn.Module, images: Tensor) -> Tensor:
-    """Patch features of a CLIP vision model for images [B,3,H,W] in -1..1: [B,D,h,w], without the class token."""
-    with torch.no_grad():
-        tokens = vision(pixel_values=images).last_hidden_state[:, 1:]
-    return _as_map(tokens)
+class Teacher(nn.Module):
+    """A frozen CLIP image tower and the head that is aligned with it. folder: in transformers' layout."""
+
+    def __init__(self, folder: str, site: str, width: int, weight: float) -> None:
+        from transformers import CLIPVisionModel
+
+        super().__init__()
+        vision = CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+        self.weight, self.side = weight, int(vision.config.image_size)
+        self.head = Alignment(site, width, vision.config.hidden_size)
+        self.statistics = pixel_statistics(Path(folder))
+        self.frozen = {"vision": vision}  # in a mapping: no module of this one
+
+    def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
+        """weight * (1 - cosine) with the features of clean images [B,3,H,W] in -1..1: [B]."""
+        self.frozen["vision"] = vision = self.frozen["vision"].to(images.device)
+        mean, deviation = (t.to(images) for t in self.statistics)
+        scaled = F.interpolate(images, size=(self.side, self.side), mode="bicubic", antialias=True, align_corners=False)
+        with torch.no_grad():
+            tokens = vision(pixel_values=(scaled - mean) / deviation).last_hidden_state[:, 1:]  # without the class token
+        return self.weight * self.head(hidden, _as_map(tokens))
+
+
+@dataclass(frozen=True)
+class Repa:
+    """The [repa] table. encoder: a folder with a CLIP; site: the module of the network whose output is aligned; weight: of
+    the term."""
+
+    encoder: str
+    site: str
+    weight: float = 0.5
+
+    def teacher(self, width: int) -> Teacher:
+        """The module that is trained along, for a site of that many channels."""
+        if not Path(self.encoder).is_dir():
+            raise UsageError(f"repa.encoder {self.encoder!r} is not a folder")
+        return Teacher(self.encoder, self.site, width, self.weight)
+
+
+def width_of(hidden: Tensor) -> int:
+    """Channels of what a site puts out."""
+    return hidden.shape[1] if hidden.ndim == 4 else hidden.shape[2]

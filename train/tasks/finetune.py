@@ -28,6 +28,7 @@ from train.data.source import Fault
 from train.job import Batch, Job, Task
 from train.objectives.denoiser import DenoiserLoss
 from train.objectives.objective import Objective, read
+from train.objectives.repa import Repa
 from train.objectives.uncertainty import LogVariance
 
 
@@ -35,17 +36,18 @@ from train.objectives.uncertainty import LogVariance
 class Finetune(Task):
     """Trains a loaded model on, in its own path and prediction; the export is a model folder like the one it began with.
 
-    model: "builtin" or a folder. data, objective: the tables of train/data/dataset.py and train/objectives/objective.py.
-    train_network, train_text: what is trained. gradient_checkpointing: less memory, more time. log_variance: learn a
-    weight per level (EDM2). held_out: pictures kept out of training, for the validation loss. prompts: of the validation
-    pictures. group: set by the loop.
+    model: "builtin" or a folder. data, objective, repa: the tables of train/data/dataset.py, train/objectives/objective.py and
+    train/objectives/repa.py (empty: no second teacher). train_network, train_text: what is trained. gradient_checkpointing:
+    less memory, more time. log_variance: learn a weight per level (EDM2). held_out: pictures kept out of training, for the
+    validation loss. prompts: of the validation pictures. group: set by the loop.
     """
 
-    TABLES: ClassVar[Mapping[str, type]] = {"data": Data}
+    TABLES: ClassVar[Mapping[str, type]] = {"data": Data, "repa": Repa}
 
     data: dict[str, Any]
     model: str = "builtin"
     objective: dict[str, Any] = field(default_factory=dict)
+    repa: dict[str, Any] = field(default_factory=dict)
     train_network: bool = True
     train_text: bool = False
     gradient_checkpointing: bool = False
@@ -123,6 +125,8 @@ class Finetune(Task):
         """The trainable module; latents and text features that are missing from the cache are made first."""
         bundle = self.bundle
         self.plan.check(bundle.model)
+        if bundle.inserts is not None:
+            raise UsageError("models that take a picture beside the noise (inpainting) are not trained here")
         if self.train_text and not hasattr(bundle.text, "encoder"):
             raise UsageError("train_text: the text encoders of this model cannot be trained; only a single CLIP can")
         if self.settings.cache:
@@ -134,7 +138,11 @@ class Finetune(Task):
         if self.gradient_checkpointing:
             gradient_checkpointing.use(bundle.model)
         text = bundle.text.encoder if self.train_text else None
-        return DenoiserLoss(bundle, self.plan, text, LogVariance() if self.log_variance else None)
+        found = DenoiserLoss(bundle, self.plan, text, LogVariance() if self.log_variance else None)
+        if self.repa:
+            plan = strict.build(Repa, self.repa, "[repa]")
+            found.teacher = plan.teacher(found.width_at(plan.site, self.batch(0, range(1))))
+        return found
 
     # --- a batch
 
@@ -154,7 +162,7 @@ class Finetune(Task):
         batch["text_sizes"] = torch.tensor([s.geometry.time_ids for s in seen], dtype=torch.float32)
         if self.settings.cache:
             batch["x0"] = torch.stack([self.precomputed.latent(data, s) for s in seen])
-        else:
+        if self.repa or not self.settings.cache:
             batch["images"] = torch.stack([pixels(data, s) for s in seen])
         masks = [data.mask(s) for s in seen]
         if any(masks):

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from ldm_pipe import files, loading, strict
 from ldm_pipe.errors import UsageError
 from train.data.cache import key_of
-from train.data.dataset import Data
 from train.data.precomputed import digest
 from train.data.source import open_source
 from train.fresh import Fresh
@@ -25,7 +24,7 @@ class Scratch(Finetune):
     weights_seed: of the fresh weights. The fresh model is kept in the cache under a key of all that it follows from.
     """
 
-    TABLES: ClassVar[Mapping[str, type]] = {"data": Data, "network": Fresh}
+    TABLES: ClassVar[Mapping[str, type]] = {**Finetune.TABLES, "network": Fresh}
 
     network: dict[str, Any] = field(default_factory=dict)
     weights_seed: int = 0

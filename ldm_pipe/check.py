@@ -1,0 +1,114 @@
+"""`generate --check`: what a model is, read as strictly as for a run: family, sizes, types and digests of its files, and what an
+image of the asked size will take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_pipe import hub
+from ldm_pipe.errors import UsageError
+from ldm_pipe.families import FAMILIES
+from ldm_pipe.files import sha256
+
+if TYPE_CHECKING:
+    from ldm_pipe.pipeline import Pipeline
+    from ldm_pipe.request import Request
+
+
+def examine(request: Request) -> int:
+    """Load a model, say what was found, one fact a line (--json: one object), and sample nothing. The exit code."""
+    from ldm_pipe.pipeline import Pipeline
+    from ldm_pipe.plan import resolve
+    from ldm_pipe.settings import Settings
+
+    if request.prompt or request.prompts:
+        raise UsageError("--check samples nothing; --prompt and --prompts do not go with it")
+    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention)
+    given = resolve(pipe.bundle, Settings(height=request.height, width=request.width, steps=request.steps))
+    found = facts(pipe, int(given.height or 0), int(given.width or 0), int(given.steps or 0))
+    found["files"] = {n: f for n, f in files_of(request.model)}
+    print(json.dumps(found) if request.json else "\n".join(lines(found)))
+    return 0
+
+
+def facts(pipe: Pipeline, height: int, width: int, steps: int) -> dict[str, Any]:
+    """What a loaded model is, and what an image takes: bytes of memory, and seconds, scaled by the area from a small image."""
+    b = pipe.bundle
+    parts = {"network": b.model, "codec": b.codec, "text": b.text}
+    return {
+        "model": pipe.name,
+        "family": b.family,
+        "title": FAMILIES[b.family].title,
+        "prediction": b.model.prediction.name,
+        "path": type(b.model.path).__name__,
+        "parameters": {n: sum(p.numel() for m in modules(part) for p in m.parameters()) for n, part in parts.items()},
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "latents": f"{b.codec.channels} channels, {b.codec.factor} pixels to one",
+        "multiple": b.multiple,
+        "takes": {"masked": "a picture and a mask", "picture": "a picture"}.get(b.inserts or "", "text"),
+        "defaults": {n: v for n, v in dataclasses.asdict(b.defaults).items() if n != "words"},
+        "image": {"width": width, "height": height, "steps": steps, "bytes": pipe.forecast(height, width)}
+        | {"seconds": round(_seconds(pipe, height, width) * steps, 1)},
+    }
+
+
+def _seconds(pipe: Pipeline, height: int, width: int) -> float:
+    """Of one step under guidance, scaled by the area from one of 16 latent pixels a side."""
+    import torch
+
+    from ldm_pipe.level import Level
+
+    b, side = pipe.bundle, 16
+    cond, x = b.empty(side), torch.zeros(1, b.codec.channels, side, side, device=pipe.device)
+    with torch.no_grad():
+        b.model(x, Level(0.5, 0.5), cond)
+        started = time.perf_counter()
+        b.model(x, Level(0.5, 0.5), cond)
+    took = time.perf_counter() - started
+    return (1 if b.embeds else 2) * took * height * width / (side * b.codec.factor) ** 2
+
+
+def modules(part: Any) -> Iterator[Any]:
+    """The networks in a part, however deep in its fields."""
+    if hasattr(part, "parameters"):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from modules(item)
+    elif dataclasses.is_dataclass(part):
+        for field in dataclasses.fields(part):
+            yield from modules(getattr(part, field.name))
+
+
+def files_of(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name in the model, bytes, SHA-256, tensors by type) of every weight file."""
+    from ldm_pipe import weights
+    from ldm_pipe.loading import BUILTIN
+
+    place = BUILTIN if model == "builtin" else hub.fetch(model) if hub.names(model) else Path(model)
+    for file in [place] if place.is_file() else sorted(place.glob("*/*.safetensors")):
+        kinds = Counter(dtype for dtype, _ in weights.header(file, alone=True).values())
+        name = file.name if file == place else str(file.relative_to(place))
+        yield name, {"bytes": file.stat().st_size, "sha256": sha256(file), "tensors": dict(kinds)}
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The facts for a reader."""
+    counts, image, d = found["parameters"], found["image"], found["defaults"]
+    yield f"{found['model']}: {found['title']} ({found['family']}), loaded whole and finite"
+    yield f"predicts {found['prediction']} on {found['path']}; takes {found['takes']}"
+    yield "parameters: " + ", ".join(f"{n} {c:,}" for n, c in counts.items()) + f", in {found['dtype']}"
+    yield f"latents: {found['latents']}; sides are multiples of {found['multiple']}"
+    size = "x".join(map(str, d["size"]))
+    yield f"defaults: {size}, {d['steps']} steps, scale {d['guidance_scale']}, {d['sampler']}, {d['spacing']}"
+    for name, file in found["files"].items():
+        kinds = ", ".join(f"{n} {kind}" for kind, n in file["tensors"].items())
+        yield f"{name}: {file['bytes']:,} bytes, {kinds}, sha256 {file['sha256']}"
+    needs = f"about {image['bytes'] / 2**20:,.0f} MiB beside the weights and {image['seconds']:g} s"
+    yield f"an image of {image['width']}x{image['height']} in {image['steps']} steps: {needs}"
