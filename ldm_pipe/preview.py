@@ -89,7 +89,7 @@ def _letters(pictures: Sequence[Image.Image]) -> list[str]:
     """Pictures side by side, an upper half block a letter: its colour above, its background below."""
     rows = np.concatenate([np.pad(np.asarray(p), ((0, p.height % 2), (0, 1), (0, 0))) for p in pictures], axis=1)
     lines = []
-    for above, below in zip(rows[1::2], rows[::2], strict=True):
+    for above, below in zip(rows[::2], rows[1::2], strict=True):
         cells = (
             f"\x1b[38;2;{r};{g};{b}m\x1b[48;2;{u};{v};{w}m\u2580" for (r, g, b), (u, v, w) in zip(above, below, strict=True)
         )

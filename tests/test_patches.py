@@ -214,6 +214,12 @@ def test_a_name_that_is_no_layer_lists_those_at_its_place(pipe: Pipeline) -> Non
         pass
 
 
+def test_every_file_of_the_folders_of_patches_is_registered() -> None:
+    package = Path(registry.__file__).parent
+    files = {f"ldm_pipe.{d}.{p.stem}" for d in ("control", "resolution", "speed") for p in (package / d).glob("[a-z]*.py")}
+    assert files <= {target.partition(":")[0] for target in registry.KINDS["patch"].values()}
+
+
 def test_changes_nest_the_first_one_inside(pipe: Pipeline) -> None:
     """And one that is hung up inside another `with` stands inside that."""
     network, said = root(pipe.bundle.model), list[str]()

@@ -2,8 +2,8 @@
 
     python scripts/bench/engine.py --latent 64 --rounds 3
 
-The same random weights, batch 2 (guidance), CPU seconds of one thread, rounds interleaved, the best of each; the error is that of the
-output against diffusers' in fp32.
+The same random weights, batch 2 (guidance), CPU seconds of one thread, rounds interleaved, the best of each; the error is that
+of the output against diffusers' in fp32.
 """
 
 from __future__ import annotations

@@ -185,12 +185,21 @@ def test_repa_aligns_a_site_with_a_frozen_encoder_and_leaves_no_trace(make: Any,
         make(repa={"encoder": "nowhere", "site": site}).net()
 
 
-def test_a_mask_hides_its_part(make: Any, tmp_path: Path) -> None:
-    task = make(data={"buckets": False}).grouped(1)
-    task.net()
+def test_a_mask_hides_its_part(make: Any, photos: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(photos, tmp_path / "mine")
+    half = np.zeros((32, 32), dtype=np.uint8)
+    half[:, 16:] = 255
+    Image.fromarray(half).save(mine / "0.mask.png")
+    task = make(data={"buckets": False, "path": str(mine)}).grouped(1)
+    net = task.net()
     batches = {b["names"][0]: b for b in (task.batch(0, [i]) for i in range(7))}
-    assert batches["0.png"]["mask"].shape == (1, 1, 8, 8)
     assert "mask" not in batches["1.png"]
+    batch = batches["0.png"]
+    assert torch.equal(batch["mask"][0, 0], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
+    whole = {k: v for k, v in batch.items() if k != "mask"}
+    parts = [net({**whole, "mask": m})["loss"] for m in (batch["mask"], 1 - batch["mask"])]
+    assert 0 < parts[0] < net(whole)["loss"]
+    assert torch.allclose(sum(parts), net(whole)["loss"])
 
 
 def test_sides_follow_from_the_configurations_alone(tiny: Any) -> None:
