@@ -1,5 +1,5 @@
-"""`generate --check`: what a model is, read as strictly as for a run: family, sizes, types and digests of its files, and what an
-image of the asked size will take."""
+"""`generate --check`: what a model is, read as strictly as for a run: family, sizes, types and digests of its files, and what
+an image of the asked size will take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def examine(request: Request) -> int:
     pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention)
     given = resolve(pipe.bundle, Settings(height=request.height, width=request.width, steps=request.steps))
     found = facts(pipe, int(given.height or 0), int(given.width or 0), int(given.steps or 0))
-    found["files"] = {n: f for n, f in files_of(request.model)}
+    found["files"] = dict(files_of(request.model))
     print(json.dumps(found) if request.json else "\n".join(lines(found)))
     return 0
 

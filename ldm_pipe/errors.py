@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+LONGEST_LIST = 280  # characters of the names that a sentence lists
 
 
 class LdmError(Exception):
@@ -45,5 +49,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f" did you mean {near[0]!r}? Choose" if near else " choose"
+    listed = ", ".join(known)
+    if len(listed) > LONGEST_LIST:
+        shown = listed[:LONGEST_LIST].split(", ")[:-1]
+        listed = f"{', '.join(shown)} and {len(known) - len(shown)} more"
     an = "an" if kind[0] in "aeiou" else "a"
-    return f"{name!r} is not {an} {kind};{hint} from {', '.join(known) or 'nothing: none are registered'}"
+    return f"{name!r} is not {an} {kind};{hint} from {listed or 'nothing: none are registered'}"
+
+
+def finite(t: T, stage: str) -> T:
+    """The tensor itself. Raises NumericalError, which names the stage, where one of its values is not finite."""
+    values: Any = t
+    if not bool(values.isfinite().all()):
+        raise NumericalError(f"{stage} NaN or Inf; try --dtype fp32 or a lower --guidance-scale")
+    return t

@@ -63,13 +63,14 @@ def fetch(source: str) -> Path:
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"the hub's {name!r} has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"the hub has no model {name!r}, or not for you; a folder of that name is not here either") from error
+        raise ModelError(f"the hub has no model {name!r}, or not for you; nor is a folder of that name here") from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if OFFLINE else "the hub cannot be reached"
         raise EnvironmentFault(f"{name!r} is not in the cache and {why}; fetch it once, or give a folder") from error
     except Exception as error:  # the library and its transport raise a dozen kinds
         reason = " ".join(str(error).split())[:100]
-        raise EnvironmentFault(f"{name!r} could not be fetched ({type(error).__name__}: {reason}); what is whole is kept") from error
+        why = f"{type(error).__name__}: {reason}"
+        raise EnvironmentFault(f"{name!r} could not be fetched ({why}); what is whole is kept") from error
     finally:
         constants.HF_HUB_OFFLINE = before
     _compare(Path(found), started)
@@ -84,4 +85,4 @@ def _compare(folder: Path, started: float) -> None:
         if named and blob.stat().st_mtime >= started - 1 and sha256(blob) != blob.name:
             blob.unlink()
             file.unlink(missing_ok=True)
-            raise ModelError(f"{file.parent.name}/{file.name} came damaged: its SHA-256 is not the hub's; it is removed, try again")
+            raise ModelError(f"{file.parent.name}/{file.name} came damaged: its SHA-256 is not the hub's; removed, try again")

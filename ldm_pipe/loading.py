@@ -94,7 +94,8 @@ def load(source: str | os.PathLike[str] = "builtin", check: bool = True) -> Bund
     1, 2 or XL, or a model that is named as on a hub (`hub`), on the CPU in fp32.
 
     check: compare the weights with the folder's SHA256SUMS, where it has one (the built-in model does). Nothing is fetched
-    that is not named, and no code of a folder is run: safetensors only. Raises ModelError with one sentence on anything that does not fit.
+    that is not named, and no code of a folder is run: safetensors only. Raises ModelError with one sentence on anything that
+    does not fit.
     """
     place = BUILTIN if str(source) == "builtin" else Path(source)
     if str(source) and os.path.isfile(place):

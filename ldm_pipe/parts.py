@@ -146,7 +146,7 @@ def _asks_no_more(config: Mapping[str, Any], held: Mapping[str, int], where: str
     for name, value in config.items():
         if "layers" in name and isinstance(value, int) and value > len(held):
             raise ModelError(f"{where}: config.json asks for {value} {name}, the files have {len(held)} tensors")
-        elif name in TABLES and where.endswith("/transformer") and isinstance(value, int) and value > LARGEST_TABLE:
+        if name in TABLES and where.endswith("/transformer") and isinstance(value, int) and value > LARGEST_TABLE:
             raise ModelError(f"{where}: config.json holds {name} {value}; it takes at most {LARGEST_TABLE}")
     for name in ("quantization_config", "auto_map"):
         if config.get(name):

@@ -15,7 +15,7 @@ from ldm_pipe.cond import Cond
 from ldm_pipe.device import pick_device, pick_dtype
 from ldm_pipe.editing.keep import Keep
 from ldm_pipe.editing.source import Source
-from ldm_pipe.errors import EnvironmentFault, NumericalError, UsageError
+from ldm_pipe.errors import EnvironmentFault, UsageError, finite
 from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import Denoiser, Rule, guided
@@ -213,7 +213,7 @@ class Pipeline:
         if self.dtype == torch.float16 and not bool(torch.isfinite(images).all()):
             notes.append("the decoder overflowed in fp16 and was run again in fp32")
             images = memory.decode(self.bundle.codec.to(latents.device, torch.float32), latents, notes.append)
-        return _finite(images, "the decoder's image holds")
+        return finite(images, "the decoder's image holds")
 
     def _walk(self, part: Plan, evaluations: Counter[str]) -> Iterator[Step]:
         noise = Noise(part.seeds, part.shape, self.device)
@@ -221,8 +221,8 @@ class Pipeline:
         denoise, x = self._started(part, guided(branches, part.rule), noise.start())
         for step in trajectory(denoise, x, part.levels, part.sampler, part.noise or noise):
             where = f"at step {step.number + 1} of {len(part.levels) - 1}"
-            _finite(step.estimate.x0, f"the network's estimate {where} holds")
-            _finite(step.x, f"the latents {where} hold")
+            finite(step.estimate.x0, f"the network's estimate {where} holds")
+            finite(step.x, f"the latents {where} hold")
             yield step
         evaluations.update(branches.evaluations)
 
@@ -246,9 +246,3 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B,3,H,W] in about -1..1 of latents [B,C,h,w]."""
         return self.bundle.codec.decode(latents)
-
-
-def _finite(t: Tensor, stage: str) -> Tensor:
-    if not bool(torch.isfinite(t).all()):
-        raise NumericalError(f"{stage} NaN or Inf; try --dtype fp32 or a lower --guidance-scale")
-    return t

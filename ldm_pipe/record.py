@@ -82,7 +82,7 @@ class Recorder:
         seen = list(self.rule.seen)
         self.rule.seen.clear()
         guidance = seen[0][1].float().cpu() if seen else torch.zeros(len(x0))
-        row = {"x0": _smaller(x0, self.size), "guidance": guidance, "change": _size(x0 + before), "full": x0}
+        row = {"x0": _smaller(x0, self.size), "guidance": guidance, "change": _size(x0 - before), "full": x0}
         if self.batches[-1]:
             del self.batches[-1][-1]["full"]
         self.batches[-1].append(row | {"evaluations": torch.tensor(sum(n for n, _ in seen))})

@@ -67,7 +67,7 @@ def rows(source: str) -> dict[str, Row]:
         "fresh sample": lambda pipe, c: pipe(c.prompts[1], seed=c.seed).images[0],
         "sdedit": lambda pipe, c: pipe(c.prompts[1], seed=c.seed, init_image=c.picture, strength=0.6).images[0],
         **{name: edited(name) for name in registry.KINDS["inversion"]},
-        f"prompt to prompt, {how}": edited(by),
+        **({"prompt to prompt, same seed": edited(None)} if by is None else {}),  # inverted, it is one of the inversions
         f"local blend, {how}": edited(by, blend="true"),
         f"plug and play, {how}": edited(by, "plug_and_play"),
     }

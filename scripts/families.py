@@ -125,8 +125,8 @@ def main() -> int:
     table = [f"| {r['family']} | {r['sampler']} | {r['largest_difference']:.1e} |" for r in rows]
     text = [
         "# Families against diffusers", "",
-        "Largest difference of the finished latents, relative to their largest value, fp32 on a CPU. Tiny random checkpoints of "
-        f"the real classes, {STEPS} steps, guidance and negative prompt included. Made by `scripts/families.py`.", "",
+        "Largest difference of the finished latents, relative to their largest value, fp32 on a CPU. Tiny random checkpoints "
+        f"of the real classes, {STEPS} steps, guidance and negative prompt included. Made by `scripts/families.py`.", "",
         "| checkpoint | sampler | difference |", "|---|---|---|", *table, "",
     ]  # fmt: skip
     results = Path(__file__).resolve().parents[1] / "docs" / "results"

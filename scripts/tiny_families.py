@@ -59,8 +59,8 @@ def kl(**changes: Any) -> Any:
     """An autoencoder of factor 4."""
     from diffusers import AutoencoderKL
 
-    size = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4, "sample_size": 32}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    size = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
+    kinds: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     return lively(AutoencoderKL(**kinds, **(size | {"force_upcast": False} | changes)))
 
 
@@ -184,7 +184,8 @@ def sana() -> Any:
                   f"{side}_qkv_multiscales": ((), (5,)), f"{side}_layers_per_block": (1, 1)}  # fmt: skip
     codec = AutoencoderDC(
         in_channels=3, latent_channels=4, attention_head_dim=2, downsample_block_type="conv",
-        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407, **sides,
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        scaling_factor=0.41407, **sides,
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return SanaPipeline(tokenizer, encoder, lively(codec), lively(network, 0.8), scheduler)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ldm_pipe import Pipeline, UsageError, image, registry
+from ldm_pipe import CLEAN, Cond, Pipeline, UsageError, image, registry
 from ldm_pipe.cli import main
 from ldm_pipe.edit import Edit
+from ldm_pipe.plan import taken
 
 FOX, CAT = "a fox on a blue background", "a cat on a blue background"
 TEXT = f"{FOX} -> {CAT}"
@@ -94,7 +96,7 @@ def test_an_edit_of_a_prompt_to_itself_is_the_picture(pipe: Pipeline, fox: Image
 def test_a_mask_keeps_the_rest_to_the_bit_and_strength_shortens_the_walk(pipe: Pipeline, fox: Image.Image) -> None:
     mask = Image.new("L", fox.size)
     mask.paste(255, (0, 0, 32, 64))
-    out = Edit(FOX, CAT)(pipe, fox, mask, steps=5, strength=0.6)
+    out = Edit(FOX, CAT, inversion="plain")(pipe, fox, mask, steps=5, strength=0.6)
     assert out.walked == 3
     assert out.evaluations["cond"] == 2 * 3
     old, new = np.asarray(fox), np.asarray(out.images[1])
@@ -112,6 +114,14 @@ def test_smaller_batches_take_their_own_starts_noises_and_conditions(pipe: Pipel
         assert not torch.allclose(whole[-1], whole[0], atol=1e-2)
         for row in range(2 * count):
             torch.testing.assert_close(next(pipe.run(plan.batch(row, 1))).latents, whole[row : row + 1], rtol=0, atol=1e-3)
+
+
+def test_rows_of_a_condition_are_taken_at_every_level() -> None:
+    whole = Cond(tokens=torch.arange(4.0).reshape(4, 1, 1))
+    for cond in (whole, lambda level: whole):
+        part: Any = taken(cond, [3, 1])
+        part = part if isinstance(part, Cond) else part(CLEAN)
+        assert part.tokens.flatten().tolist() == [3, 1]
 
 
 def test_what_the_inversion_needs_is_chosen_and_recorded(pipe: Pipeline, fox: Image.Image) -> None:
@@ -145,7 +155,7 @@ def test_a_wrong_edit_is_one_sentence(text: str, fields: dict[str, str], words: 
         (["--edit", TEXT, "--mask", "x.png"], "go with --init-image FILE, or with --edit and --input FILE"),
         (["--edit", TEXT, "--restore", "pool(4)", "--input", "x.png"], "exclude each other"),
         (["--edit", TEXT, "--method", "prompt_to_promp"], "did you mean 'prompt_to_prompt'"),
-        (["--edit", TEXT, "--set", "inversion.inner=3"], "field of"),
+        (["--edit", TEXT, "--set", "inversion.iner=3"], "did you mean 'inner'"),
         (["-p", "a fox", "--method", "dps"], "--method goes with --edit, --restore, --mask or --outpaint"),
         (["-p", "a fox", "--set", "inversion.inner=3"], "go with --edit"),
     ],

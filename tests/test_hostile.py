@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from ldm_pipe import ModelError, load, weights
+from ldm_pipe import load, weights
 from ldm_pipe.errors import LdmError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -147,10 +147,7 @@ def test_cut_and_changed_files_are_refused_or_equal(copy: Path) -> None:
     length = 8 + int.from_bytes(data[:8], "little")
     for i in range(64):
         file.write_bytes(data[: len(data) * i // 64])
-        with pytest.raises(ModelError):
-            weights.header(file)
-            refused(copy)
-            raise ModelError("as it should be")
+        refused(copy)
     for i in range(8):
         file.write_bytes(data + bytes(4**i % 1000 + 1))
         refused(copy)
@@ -184,10 +181,27 @@ def rewrite(part: str, **said: Any) -> Change:
 
 INDEX, NET, SCHEDULER, VAE = "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json"
 FOLDERS: dict[str, Change] = {
-    **{f"class {c!r:.30}": rewrite(INDEX, transformer=c) for c in (
-        ["os", "system"], ["builtins", "eval"], ["diffusers", "Net"], ["../evil", "Net"], ["/tmp/evil.py", "Net"],
-        ["https://example.org", "Net"], "diffusers.DiTTransformer2DModel", 7, {"a": 1}, [], [["diffusers"], "X"], [None, "X"], True,
-        ["diffusers", "DiTTransformer2DModel", "x"], ["diffusers.models", "DiTTransformer2DModel"], "x" * 9999)},
+    **{
+        f"class {c!r:.30}": rewrite(INDEX, transformer=c)
+        for c in (
+            ["os", "system"],
+            ["builtins", "eval"],
+            ["diffusers", "Net"],
+            ["../evil", "Net"],
+            ["/tmp/evil.py", "Net"],
+            ["https://example.org", "Net"],
+            "diffusers.DiTTransformer2DModel",
+            7,
+            {"a": 1},
+            [],
+            [["diffusers"], "X"],
+            [None, "X"],
+            True,
+            ["diffusers", "DiTTransformer2DModel", "x"],
+            ["diffusers.models", "DiTTransformer2DModel"],
+            "x" * 9999,
+        )
+    },
     "no classes": lambda f: (f / INDEX).write_text("{}"),
     "an index of nothing": lambda f: (f / INDEX).write_text(""),
     "an index of nulls": lambda f: (f / INDEX).write_text("null"),
@@ -202,19 +216,58 @@ FOLDERS: dict[str, Change] = {
     "a link to itself": lambda f: ((f / NETWORK).unlink(), (f / NETWORK).symlink_to(f / NETWORK)),
     "a link out of the folder": lambda f: ((f / NETWORK).rename(f.parent / "out"), (f / NETWORK).symlink_to(f.parent / "out")),
     "a part that is a file": lambda f: (shutil.rmtree(f / "vae"), (f / "vae").write_text("x")),
-    **{f"network {n}={v!r:.20}": rewrite(NET, **{n: v}) for n, v in (
-        ("num_layers", 10**9), ("num_layers", 10**5), ("num_layers", -1), ("num_layers", "2"), ("num_layers", None), ("num_layers", 3),
-        ("attention_head_dim", 10**6), ("attention_head_dim", 0), ("num_attention_heads", [1, 2]), ("in_channels", 10**9),
-        ("in_channels", float("nan")), ("patch_size", 0), ("sample_size", "big"), ("sample_size", 10**5),
-        ("num_embeds_ada_norm", 10**6), ("auto_map", {"AutoModel": "evil.py--Net"}), ("quantization_config", {"a": 1}))},
-    **{f"codec {n}={v!r:.20}": rewrite(VAE, **{n: v}) for n, v in (
-        ("block_out_channels", []), ("block_out_channels", "8"), ("latent_channels", 10**9), ("scaling_factor", 0),
-        ("scaling_factor", float("inf")), ("norm_num_groups", 3), ("down_block_types", ["Evil"] * 3))},
-    **{f"scheduler {n}={v!r:.20}": rewrite(SCHEDULER, **{n: v}) for n, v in (
-        ("num_train_timesteps", 0), ("num_train_timesteps", 10**9), ("num_train_timesteps", "1000"), ("beta_start", float("nan")),
-        ("beta_end", 7), ("beta_start", -1), ("beta_schedule", "magic"), ("beta_schedule", None), ("prediction_type", "magic"),
-        ("prediction_type", 3), ("trained_betas", [2.0, 3.0]), ("steps_offset", "1"))},
-}  # fmt: skip
+    **{
+        f"network {n}={v!r:.20}": rewrite(NET, **{n: v})
+        for n, v in (
+            ("num_layers", 10**9),
+            ("num_layers", 10**5),
+            ("num_layers", -1),
+            ("num_layers", "2"),
+            ("num_layers", None),
+            ("num_layers", 3),
+            ("attention_head_dim", 10**6),
+            ("attention_head_dim", 0),
+            ("num_attention_heads", [1, 2]),
+            ("in_channels", 10**9),
+            ("in_channels", float("nan")),
+            ("patch_size", 0),
+            ("sample_size", "big"),
+            ("sample_size", 10**5),
+            ("num_embeds_ada_norm", 10**6),
+            ("auto_map", {"AutoModel": "evil.py--Net"}),
+            ("quantization_config", {"a": 1}),
+        )
+    },
+    **{
+        f"codec {n}={v!r:.20}": rewrite(VAE, **{n: v})
+        for n, v in (
+            ("block_out_channels", []),
+            ("block_out_channels", "8"),
+            ("latent_channels", 10**9),
+            ("scaling_factor", 0),
+            ("scaling_factor", float("inf")),
+            ("norm_num_groups", 3),
+            ("down_block_types", ["Evil"] * 3),
+        )
+    },
+    **{
+        f"scheduler {n}={v!r:.20}": rewrite(SCHEDULER, **{n: v})
+        for n, v in (
+            ("num_train_timesteps", 0),
+            ("num_train_timesteps", 10**9),
+            ("num_train_timesteps", "1000"),
+            ("beta_start", float("nan")),
+            ("beta_end", 7),
+            ("beta_start", -1),
+            ("beta_schedule", "magic"),
+            ("beta_schedule", None),
+            ("prediction_type", "magic"),
+            ("prediction_type", 3),
+            ("trained_betas", [2.0, 3.0]),
+            ("steps_offset", "1"),
+        )
+    },
+}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -1,4 +1,4 @@
-"""Single files: written in the first layout, they load as the folder they came from; what is foreign or left over is refused."""
+"""Single files: written in the first layout, they load as the folder they came from; what is foreign is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -67,9 +66,15 @@ def to_vae(tensors: Mapping[str, torch.Tensor], blocks: int) -> Tensors:
     for name, tensor in tensors.items():
         if ".attentions.0.to_" in name and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
-        for old, new in ((r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."), (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
-                         (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"), (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-                         (r"mid_block\.attentions\.0\.to_", "mid.attn_1."), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")):  # fmt: skip
+        for old, new in (
+            (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
+            (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
+            (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+            (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+            (r"mid_block\.attentions\.0\.to_", "mid.attn_1."),
+            ("conv_norm_out", "norm_out"),
+            ("conv_shortcut", "nin_shortcut"),
+        ):
             name = re.sub(old, new, name)
         name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", name)
         name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda m: f"up.{blocks - 1 - int(m[1])}.block.", name)
@@ -81,8 +86,12 @@ def to_vae(tensors: Mapping[str, torch.Tensor], blocks: int) -> Tensors:
 def to_open_clip(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
     """A text tower as OpenCLIP has it: queries, keys and values in one."""
     bare = {n.removeprefix("text_model."): t for n, t in tensors.items()}
-    tops = {"embeddings.position_embedding.weight": "positional_embedding", "embeddings.token_embedding.weight": "token_embedding.weight",
-            "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}  # fmt: skip
+    tops = {
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "final_layer_norm.weight": "ln_final.weight",
+        "final_layer_norm.bias": "ln_final.bias",
+    }
     found = {prefix + new: bare[old] for old, new in tops.items()}
     if "text_projection.weight" in bare:
         found[f"{prefix}text_projection"] = bare["text_projection.weight"].T.contiguous()
@@ -197,7 +206,7 @@ def test_files_that_are_not_whole_are_refused(made: Callable[[str], tuple[Path, 
             load(file)
         assert len(str(caught.value)) < 260
     (tmp_path / "x.ckpt").write_bytes(b"PK")
-    with pytest.raises(ModelError, match="no .safetensors file; other formats may hold code"):
+    with pytest.raises(ModelError, match=r"no \.safetensors file; other formats may hold code"):
         load(tmp_path / "x.ckpt")
 
 

@@ -48,13 +48,18 @@ def batches(task: Task, job: Job, first: int, rank: int, world: int) -> Iterator
             batch = next(made)
         except StopIteration:
             return
-        except RuntimeError as error:  # a worker was killed, or took longer than `patience`
-            raise EnvironmentFault(f"a worker that makes batches failed: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, OSError) as error:  # a worker was killed, or took longer than `patience`
+            raise worker_fault(error) from error
         if isinstance(batch, _Failure):
             fault = LdmError(batch.words)
             fault.exit_code = batch.exit_code
             raise fault
         yield batch
+
+
+def worker_fault(error: Exception) -> EnvironmentFault:
+    """One line for a worker that was killed or hangs. Torch raises that from a signal handler: anywhere in the loop."""
+    return EnvironmentFault(f"a worker that makes batches failed: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 def parts_of(batch: Batch, count: int) -> list[Batch]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.errors import NumericalError, UsageError
 from train import checkpoint, report
-from train.batches import batches, parts_of
+from train.batches import batches, parts_of, worker_fault
 from train.ema import Ema
 from train.job import Batch, Job, Task
 from train.log import Log
@@ -54,7 +54,12 @@ def run(task: Task, job: Job, allow_changed: bool = False) -> Path:
             checkpoint.tidy(output)
         signals = stack.enter_context(Signals().heard())
         loop = _begin(task.grouped(job.batch * accelerator.num_processes), job, accelerator, signals, allow_changed)
-        loop.train()
+        try:
+            loop.train()
+        except RuntimeError as error:
+            if job.workers and "DataLoader worker" in str(error):
+                raise worker_fault(error) from error
+            raise
         return loop.finish()
 
 

@@ -215,7 +215,7 @@ def test_layers_are_chosen_by_parts_of_their_names(run: Branches) -> None:
     assert len(self_attentions(Ten(), "attn1")) == 12
 
 
-@pytest.mark.parametrize("layers", ["block", "blocks.12", "blocks.1,", "attn2"])
+@pytest.mark.parametrize("layers", ["block", "locks.1", "blocks.12", "blocks.1,", "attn2"])
 def test_an_unknown_layer_is_an_error_that_lists_the_known(layers: str) -> None:
     with pytest.raises(UsageError, match=r"no self-attention; there are blocks.0.attn1, blocks.1.attn1"):
         self_attentions(Ten(), layers)

@@ -96,6 +96,19 @@ def test_a_method_under_a_mask_takes_the_place_of_holding_x0(pipe: Pipeline) -> 
     assert not bool(inside.all())
 
 
+@pytest.mark.parametrize("name", ["blended", "ccdf", "ddnm_plus", "ilvr"])
+def test_known_latents_end_as_the_pictures_own(pipe: Pipeline, name: str) -> None:
+    """For every method that meets data exactly; the others are drawn."""
+    whole = Inpainting(name).plan(pipe, ["a fox"], picture(), half(), seed=1, steps=3, guidance_scale=1)
+    out, own = next(pipe.run(whole)), Source(picture()).latents(pipe.bundle.codec, pipe.device)
+    assert whole.source is not None
+    white = whole.source.latent_mask(pipe.bundle.codec.factor, pipe.device)
+    assert white is not None
+    known = (white == 0).expand_as(own)
+    torch.testing.assert_close(out.latents[known], own[known])
+    assert float((out.latents - own)[~known].abs().min()) > 0
+
+
 def test_what_is_not_given_is_the_methods_own(pipe: Pipeline) -> None:
     plan = Restoration("pool(4)", "ddnm").plan(pipe, [""], picture(8, 8))
     assert (plan.given.sampler, plan.given.sampler_set, plan.given.steps) == ("renoise", {"eta": 0.85}, 100)
@@ -148,6 +161,8 @@ def test_a_frame_repeats_the_edge_and_is_white() -> None:
     assert kept(framed.picture, picture(5, 4), 2, 0)
     mask = np.asarray(framed.mask)
     assert np.array_equal(mask == 0, np.pad(np.ones((4, 5), bool), ((0, 3), (2, 0))))
+    assert framed.fitted(14, 14).held
+    assert not Source(picture(), held=False).fitted(16, 16).held
     canvas = np.asarray(framed.picture)
     assert np.array_equal(canvas[:4, 0], canvas[:4, 2])
     assert np.array_equal(canvas[6, 2:], canvas[3, 2:])

@@ -68,3 +68,16 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         gamma_of(0.3)
     with pytest.raises(UsageError, match="holds no snapshots"):
         reconstruct(tmp_path, 0.05)
+
+
+def test_an_average_is_the_integral_of_its_profile() -> None:
+    """Weights that grow as the step: the sum of t (t^(g+1) - (t-1)^(g+1)) / T^(g+1)."""
+    net = nn.Linear(1, 1, bias=False)
+    average, power = PowerAverage(net, 0.1), gamma_of(0.1) + 1
+    for step in range(50):
+        with torch.no_grad():
+            net.weight.fill_(step + 1)
+        average.update(net, step)
+    t = np.arange(1, 51)
+    expected = (t * (t**power - (t - 1.0) ** power)).sum() / 50**power
+    assert average.shadow["weight"].item() == pytest.approx(expected, rel=1e-4)

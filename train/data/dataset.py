@@ -102,7 +102,8 @@ class Dataset:
             raise UsageError(f"data.path {data.path!r} holds no pictures")
         bytes_ = (source.bytes(r.name) for r in source.rows)
         facts = [
-            (image.upright_size(b, repr(r.name)), hashlib.sha256(b).hexdigest()) for b, r in zip(bytes_, source.rows, strict=True)
+            (image.upright_size(b, repr(r.name)), hashlib.sha256(b).hexdigest())
+            for b, r in zip(bytes_, source.rows, strict=True)
         ]
         originals, digests = zip(*facts, strict=True)
         return cls(data, source, source.rows, originals, digests, data.sizes(side, step), group)

@@ -45,7 +45,7 @@ class Precomputed:
 
     @cached_property
     def _texts(self) -> Cache:
-        return Cache(Path(self.data.cache or "runs/cache"), "text")
+        return Cache(Path(self.data.cache), "text")
 
     @cached_property
     def _vae(self) -> str:

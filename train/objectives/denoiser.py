@@ -41,7 +41,7 @@ class DenoiserLoss(nn.Module):
         """-> loss; error: the plain squared one; each, u: [B]."""
         cond = self._cond(batch)
         x0 = batch["x0"] if "x0" in batch else self._latents(batch["images"])
-        watching = self.teacher.head.watching(self.model.network) if self.teacher else contextlib.nullcontext([])
+        watching: Any = self.teacher.head.watching(self.model.network) if self.teacher else contextlib.nullcontext([])
         with watching as seen:
             terms = self.objective(self.model, x0, batch, cond, batch.get("mask"), self.uncertainty)
         if self.teacher is None:

@@ -114,7 +114,7 @@ class Finetune(Task):
     @property
     def _live_text(self) -> bool:
         """Are prompts encoded at every step?"""
-        return self.train_text or self.settings.shuffle
+        return self.train_text or self.settings.shuffle or not self.settings.cache
 
     def _captions(self) -> list[str]:
         return list(dict.fromkeys(c for d in filter(None, self._split) for c in d.captions()))
@@ -127,8 +127,8 @@ class Finetune(Task):
         self.plan.check(bundle.model)
         if bundle.inserts is not None:
             raise UsageError("models that take a picture beside the noise (inpainting) are not trained here")
-        if self.train_text and not hasattr(bundle.text, "encoder"):
-            raise UsageError("train_text: the text encoders of this model cannot be trained; only a single CLIP can")
+        if self._live_text and not hasattr(bundle.text, "encoder"):
+            raise UsageError("train_text, data.shuffle and an empty data.cache take a model with a single CLIP")
         if self.settings.cache:
             for dataset in filter(None, self._split):
                 self.precomputed.fill_latents(dataset)

@@ -34,6 +34,8 @@ class Scratch(Finetune):
         plan = strict.build(Fresh, self.network, "[network]")
         if plan.kind == "dit" and (self.settings.buckets or self.train_text or self.settings.shuffle):
             raise UsageError("a dit takes squares and classes: set data.buckets and data.shuffle and train_text to false")
+        if not self.settings.cache:
+            raise UsageError("data.cache is empty; the fresh model is kept there")
         if plan.variance != bool(self.plan.hybrid):
             raise UsageError("network.variance and objective.hybrid go together")
 
@@ -45,7 +47,7 @@ class Scratch(Finetune):
         captions = sorted({c for r in open_source(self.settings.path).rows for c in r.captions}) if plan.kind == "dit" else []
         parts = [digest(frame, p) for p in ("vae", "text_encoder", "tokenizer")]
         key = key_of(network=repr(plan), seed=self.weights_seed, frame=parts, classes=captions)
-        folder = Path(self.settings.cache or "runs/cache") / f"fresh-{key[:16]}"
+        folder = Path(self.settings.cache) / f"fresh-{key[:16]}"
         if not folder.exists():
             with files.new_folder(folder) as temp:
                 plan.write(frame, temp, captions, self.weights_seed)
