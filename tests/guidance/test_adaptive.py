@@ -28,6 +28,7 @@ from ldm_pipe import (
     sample,
 )
 from ldm_pipe.analysis import ExactNetwork
+from ldm_pipe.cond import Rows
 from ldm_pipe.guidance.adaptive import Adaptive
 from ldm_pipe.guidance.linear_ag import Fit, LinearAG, Recording, solve
 from ldm_pipe.model import Branches
@@ -215,3 +216,12 @@ def test_a_fit_travels_in_a_file(fit: Fit, tmp_path: Path) -> None:
 def test_a_guard_outside_0_to_1_is_refused() -> None:
     with pytest.raises(UsageError, match="guard is 2"):
         Adaptive(guard=2.0)
+
+
+def test_a_branch_for_some_rows_takes_their_conditions() -> None:
+    x, run = torch.ones(3, *SHAPE).double(), run_of(3)
+    mixed = replace(run, conds={**run.conds, "uncond": Cond(extras={"label": torch.tensor([0, 0, 1])})})
+    whole, some = mixed(x, WALK[3], ("uncond",)), mixed(x, WALK[3], ("cond", "uncond"), {"uncond": [2]})
+    assert torch.equal(some["uncond"].x0[2], whole["uncond"].x0[2])
+    assert not torch.equal(whole["uncond"].x0[2], whole["uncond"].x0[0])
+    assert Rows(("a", "b", "c"), 3, WALK[3], (3, 1, 2)).of("c") == slice(4, 6)
