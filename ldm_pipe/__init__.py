@@ -26,6 +26,7 @@ _HOMES = {
     "analysis.gaussian": ("Gaussian",),
     "analysis.mixture": ("Mixture",),
     "registry": ("build",),
+    "adapters": ("adapted",),
     "loading": ("Bundle", "load"),
     "pipeline": ("Output", "Pipeline"),
     "settings": ("Settings",),

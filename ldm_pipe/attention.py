@@ -1,13 +1,12 @@
-"""The one place that touches attention: its backends, the hook through which a rule sees and changes it, and feature taps.
+"""The one place that touches attention: its backends, and the hook through which a rule sees and changes it.
 
 A rule is active while a `with attention_rule(network, rule)` runs, in this thread alone, and leaves nothing behind: the modules
-look for one at every call and find none. `Attending` makes a Guide of it, so that it composes with samplers and guidance. Rules
-nest like parcels: what an outer one sees has passed the inner ones.
+look for one at every call and find none. `patch.Attending` makes a Guide of it, so that it composes with samplers and guidance.
+Rules nest like parcels: what an outer one sees has passed the inner ones.
 """
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS, Rows
 from ldm_pipe.errors import UsageError
-from ldm_pipe.level import Level
 
 Backend = Literal["sdpa", "math"]
 FUSED, PLAIN = "AttnProcessor2_0", "AttnProcessor"  # the processors of diffusers whose place a rule can take
@@ -88,12 +86,10 @@ class _Active:
 
 _active: ContextVar[tuple[_Active, ...]] = ContextVar("_active", default=())
 _LOCK = threading.Lock()  # around every change of a diffusers processor
-Tap = Callable[[Rows, Tensor], Tensor]  # (what the rows are, a module's output) -> the output, or another in its place
-_tapping: ContextVar[frozenset[object]] = ContextVar("_tapping", default=frozenset())
 
 
-def _sites(network: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a network that attend, by name: the light ones and diffusers' own."""
+def sites_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a network that attend, by name: the light ones and diffusers' own. Raises UsageError on none."""
     found = {n: m for n, m in network.named_modules() if getattr(m, "takes_rules", False) or hasattr(m, "set_processor")}
     if not found:
         raise UsageError(f"{type(network).__name__} has no attention that takes a rule")
@@ -108,7 +104,7 @@ def attention_rule(
     cross-attention such as PixArt). Inside another `with`, both apply. sites: where they are known already. Raises UsageError
     where the network has no attention that takes rules.
     """
-    found = sites or _sites(network)
+    found = sites or sites_of(network)
     mine = _Active({id(m): n for n, m in found.items()}, getattr(rule, "inputs", None), rule if callable(rule) else None)
     with ExitStack() as stack:
         for name, module in found.items():
@@ -199,52 +195,13 @@ def _processed(attn: Any, name: str) -> Iterator[None]:
                 attn.processor = mine.usual
 
 
-@contextmanager
-def feature_tap(network: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
-    """Read or replace the outputs of named modules while the `with` runs, in this thread alone; nothing is left behind.
+def grid(places: int, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of attention's places over a latent of height x width that was halved some times or cut into patches.
 
-    taps: functions by the name of a module, or by the end of one: "up_blocks.1.resnets.0". Of two taps on one module the inner
-    comes first. Raises UsageError where a name fits no module or several.
+    Raises UsageError where no factor gives so many.
     """
-    me = object()
-    with ExitStack() as stack:
-        for module, tap in [(module_named(network, name), tap) for name, tap in taps.items()]:
-
-            def hook(module: nn.Module, args: Any, out: Tensor, tap: Tap = tap) -> Tensor | None:
-                return tap(ROWS.get(), out) if me in _tapping.get() else None
-
-            stack.callback(module.register_forward_hook(hook, prepend=True).remove)
-        token = _tapping.set(_tapping.get() | {me})
-        try:
-            yield
-        finally:
-            _tapping.reset(token)
-
-
-def module_named(network: nn.Module, name: str) -> nn.Module:
-    """The one module whose name is, or ends in, `name`. Raises UsageError that lists what would fit."""
-    names = dict(network.named_modules())
-    found = [name] if name in names else [n for n in names if n.endswith(f".{name}")]
-    if len(found) == 1:
-        return names[found[0]]
-    near = ", ".join((found or difflib.get_close_matches(name, names, 5, 0.3))[:5])
-    raise UsageError(f"{name!r} fits {len(found) or 'no'} modules of the network{near and '; one would fit '}{near}")
-
-
-@dataclass(frozen=True, eq=False)
-class Attending:
-    """A Guide: every evaluation of the denoiser runs with `rule` in the attention of `network` and with its `taps`."""
-
-    network: nn.Module
-    rule: AttentionRule | InputRule
-    taps: Mapping[str, Tap] = field(default_factory=dict)
-
-    def __call__(self, denoise: Any) -> Any:
-        """The denoiser under the rule."""
-        sites = _sites(self.network)
-
-        def run(x: Tensor, level: Level) -> Any:
-            with attention_rule(self.network, self.rule, sites), feature_tap(self.network, self.taps):
-                return denoise(x, level)
-
-        return run
+    for factor in range(1, max(height, width) + 1):
+        rows, columns = -(-height // factor), -(-width // factor)
+        if rows * columns == places:
+            return rows, columns
+    raise UsageError(f"{places} positions of attention are no map of {height}x{width} latents")

@@ -81,7 +81,12 @@ def parser() -> argparse.ArgumentParser:
         "several times (--set control.lo=0.3: while the noise u is above; control.guess=true)")
     add("--control-image", action="append", metavar="FILE", help="with --control: the picture that it reads, one for each")
     add("--control-scale", action="append", metavar="X", help="with --control: how strongly it acts, one for each (default: 1)")
+    add("--lora", action="append", metavar="FILE[:X]", help="a LoRA (or LoCon, LoHa, LoKr, DoRA), added X times (default: 1); "
+        "several add up")
+    add("--embedding", action="append", metavar="FILE[:WORD]", help="a learned word (textual inversion) for the prompts")
     add("--hires", metavar="2x", help="draw at the model's own size, then enlarge and draw over (--set hires.strength=0.5)")
+    add("--filter-hallucinations", metavar="X", help="keep this share of the images drawn, those whose estimate wavers least at "
+        "the end: 0.5 draws twice as many as are written")
     add("--attention-maps", metavar="DIR", help="also write where each image looks at each word, one sheet an image")
     add("--patch", action="append", metavar="PATCH", help='what changes the network for the run, such as "deepcache(2)"; may be '
         "given several times (--list patches)")

@@ -92,6 +92,7 @@ def _generate(request: Request) -> int:
     say = Notes(request.quiet)
     say(pick_dtype(request.dtype, pick_device(request.device))[1])
     pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention)
+    pipe = request.adapters().applied(pipe, say)
     for prompt in (*prompts, request.negative_prompt):
         say(*pipe.bundle.text.notices(prompt))
     hints = sources.pop("controls")
@@ -101,6 +102,7 @@ def _generate(request: Request) -> int:
             return request.patches().applied(pipe, request.controls().applied(pipe, plan, hints))
 
         whole, hires, folder = _plan(request, pipe, prompts, settings, dict(sources)), request.enlarged(), request.attention_maps
+        whole = request.filtered().applied(pipe.bundle.model, whole)
         whole = dress(whole) if hires is None else hires.applied(pipe, whole, dress)
         return whole if folder is None else attention_maps.recorded_in(folder, pipe, whole)
 
@@ -110,7 +112,7 @@ def _generate(request: Request) -> int:
     done: list[Output] = []
     paths: list[Path] = []
     try:
-        for out in pipe.run(watch.plan, watch.on_step):
+        for out in request.filtered().run(pipe, watch.plan, watch.on_step):
             say(*out.notices)
             paths += _write(out, pipe, target, len(paths))
             done.append(out)
@@ -223,6 +225,7 @@ def _replay(request: Request, path: str) -> int:
     dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
     attention = found.attention if request.attention == "auto" and found.attention in ATTENTIONS else request.attention
     pipe = Pipeline.from_pretrained(request.model, request.device, dtype, attention)
+    pipe = request.adapters().again(found.adapters).applied(pipe)
     out = replay.again(found, pipe, _sources(request), request.controls())
     if not request.verify:
         print(*_write(out, pipe, target), sep="\n")

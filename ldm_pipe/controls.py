@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import strict
-from ldm_pipe.errors import ModelError, UsageError
+from ldm_pipe.errors import ModelError, UsageError, check_interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,8 +30,7 @@ class Window:
     guess: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lo <= self.hi <= 1:
-            raise UsageError(f"control: it takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
+        check_interval("control", self.lo, self.hi)
 
 
 @dataclass(frozen=True)

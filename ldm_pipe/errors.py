@@ -57,6 +57,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"{name!r} is not {an} {kind};{hint} from {listed or 'nothing: none are registered'}"
 
 
+def check_interval(what: str, lo: float, hi: float) -> None:
+    """Raises UsageError where lo and hi are no interval of the noise u (`level.inside`)."""
+    if not 0 <= lo <= hi <= 1:
+        raise UsageError(f"{what}: it takes 0 <= lo <= hi <= 1, got {lo}, {hi}")
+
+
 def finite(t: T, stage: str) -> T:
     """The tensor itself. Raises NumericalError, which names the stage, where one of its values is not finite."""
     values: Any = t

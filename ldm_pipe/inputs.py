@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
+from pathlib import Path
 from typing import Any
 
-from ldm_pipe import strict
-from ldm_pipe.errors import UsageError, unknown
+from ldm_pipe import hub, strict
+from ldm_pipe.errors import ModelError, UsageError, unknown
 
 MOST_TEXT = 64_000_000
 
@@ -64,3 +66,20 @@ def _row(where: str, line: str) -> tuple[str, int | None]:
         raise UsageError(f'--prompts {where}: a line is {{"prompt": text, "seed": whole number}}, the seed may be left out')
     seed = row.get("seed")
     return row["prompt"], None if seed is None else strict.coerce(seed, int, f"--prompts {where}: seed")
+
+
+def factor(model: str) -> int:
+    """Pixels per latent pixel of a model folder's codec, 1 where that cannot be told yet. Raises ModelError on no folder."""
+    folder = Path(__file__).parent / "builtin" if model == "builtin" else Path(model)
+    if model.endswith(".safetensors") and os.path.isfile(model):
+        return 8  # of every model that comes in one file
+    if hub.names(model):
+        return 1
+    if not os.path.isdir(folder if model else model):  # Path("") would be the working folder
+        wanted = "give 'builtin', a folder in diffusers' layout or a .safetensors file"
+        raise ModelError(f"--model {model!r:.120} is not a folder; {wanted}")
+    try:
+        found = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(2 ** (len(found["block_out_channels"]) - 1))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return 1  # the loader will say what is wrong

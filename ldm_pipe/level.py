@@ -51,6 +51,12 @@ class Level(NamedTuple):
 CLEAN = Level(1.0, 0.0)
 
 
+def inside(level: Level, lo: float, hi: float) -> bool:
+    """Does the noise u of a level lie in lo <= u < hi? hi = 1 includes u = 1."""
+    u = float(level.u)
+    return lo <= u < hi or hi == u == 1
+
+
 class Path(Protocol):
     """Where a network lives: which levels it was trained on and how it is told the time."""
 

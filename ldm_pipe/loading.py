@@ -32,7 +32,7 @@ class Bundle:
     """A loaded model: network, codec and text encoder, with the defaults of its folder and the digests of its weights.
 
     family: its name in `families.FAMILIES`. patch: latent pixels of a side that the network takes together. embeds: the
-    guidance scale is told to the network, and guidance needs no second branch.
+    guidance scale is told to the network, and guidance needs no second branch. adapters: what was merged into it (`adapters`).
     """
 
     model: Model
@@ -45,6 +45,7 @@ class Bundle:
     patch: int = 1
     embeds: bool = False
     inserts: str | None = None
+    adapters: tuple[Mapping[str, Any], ...] = ()
 
     def to(self, device: Any, dtype: Any) -> Bundle:
         """The same bundle on a torch device, the networks in a torch dtype (moved in place)."""

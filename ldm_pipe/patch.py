@@ -1,22 +1,26 @@
 """What changes a network for the duration of a run: a change stands around a module's forward, in this thread alone.
 
 A `Patch` is a frozen dataclass that names modules and says what is to happen around each; `Patched` makes a Guide of it, so
-that it composes with samplers, guidance, restoration and edits. No weight is touched. While anybody is inside `changed`, the
-modules that are named carry a forward that looks for the changes of its own thread; the last one to leave takes it off.
+that it composes with samplers, guidance, restoration and edits, as `Attending` does of a rule for attention. No weight is
+touched. While anybody is inside `changed`, the modules that are named carry a forward that looks for the changes of its own
+thread; the last one to leave takes it off.
 """
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ldm_pipe.attention import AttentionRule, InputRule, attention_rule, sites_of
+from ldm_pipe.cond import ROWS, Rows
 from ldm_pipe.errors import UsageError, unknown
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate, Model
@@ -24,6 +28,7 @@ from ldm_pipe.model import Denoiser, Estimate, Model
 MISFIT = ("must match the size of tensor", "Sizes of tensors must match")  # what torch says of shapes that cannot be joined
 # (call, *what the module is given) -> what it is to return; call: the module's own forward, or the change inside this one.
 Change = Callable[..., Any]
+Tap = Callable[[Rows, Tensor], Tensor | None]  # (what the rows are, a module's output) -> another in its place, or None
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,6 @@ class Run:
         midpoint of a sampler) it is that of the noisier one."""
         u = float(level.u)
         return max(0, sum(depth >= u for depth in self._depths) - 1)
-
-    def inside(self, level: Level, lo: float, hi: float) -> bool:
-        """Does a level lie in lo <= u < hi? hi = 1 includes u = 1."""
-        u = float(level.u)
-        return lo <= u < hi or hi == u == 1
 
     @cached_property
     def _depths(self) -> set[float]:
@@ -181,3 +181,52 @@ class Patched:
                     raise UsageError(f"{names}: what is added has not the size of the features here: {error}") from error
 
         return patched
+
+
+@contextmanager
+def feature_tap(network: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
+    """Read or replace the outputs of named modules while the `with` runs, in this thread alone; nothing is left behind.
+
+    taps: functions by the name of a module, or by the end of one: "up_blocks.1.resnets.0". Of two taps on one module the inner
+    comes first. Raises UsageError where a name fits no module or several.
+    """
+
+    def around(tap: Tap) -> Change:
+        def tapped(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            out = call(*args, **kwargs)
+            found = tap(ROWS.get(), out)
+            return out if found is None else found
+
+        return tapped
+
+    with changed(network, {name_ending_in(network, name): [around(tap)] for name, tap in taps.items()}):
+        yield
+
+
+def name_ending_in(network: nn.Module, name: str) -> str:
+    """The name of the one module whose name is, or ends in, `name`. Raises UsageError that lists what would fit."""
+    names = [n for n, _ in network.named_modules()]
+    found = [name] if name in names else [n for n in names if n.endswith(f".{name}")]
+    if len(found) == 1:
+        return found[0]
+    near = ", ".join((found or difflib.get_close_matches(name, names, 5, 0.3))[:5])
+    raise UsageError(f"{name!r} fits {len(found) or 'no'} modules of the network{near and '; one would fit '}{near}")
+
+
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """A Guide: every evaluation of the denoiser runs with `rule` in the attention of `network` and with its `taps`."""
+
+    network: nn.Module
+    rule: AttentionRule | InputRule
+    taps: Mapping[str, Tap] = field(default_factory=dict)
+
+    def __call__(self, denoise: Denoiser) -> Denoiser:
+        """The denoiser under the rule."""
+        sites = sites_of(self.network)
+
+        def run(x: Tensor, level: Level) -> Estimate:
+            with attention_rule(self.network, self.rule, sites), feature_tap(self.network, self.taps):
+                return denoise(x, level)
+
+        return run

@@ -1,9 +1,9 @@
-"""A model made worse on purpose: the layers that are perturbed, by name, and the branch that such a model answers."""
+"""Guidance by a model made worse on purpose: the layers that are perturbed, by name, and the rules that push away from it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm_pipe.attention import attention_rule
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
-from ldm_pipe.model import Branches, Denoiser, Estimate
+from ldm_pipe.model import Branches, Denoiser, Estimate, Rule
 
 
 def self_attentions(network: Any, layers: str = "") -> dict[str, nn.Module]:
@@ -53,20 +53,40 @@ def attending(branches: Branches, source: str, branch: str, layers: str, rule: C
     return run
 
 
-def pushed(guided: Estimate, good: Estimate, bad: Estimate, scale: float) -> Estimate:
-    """guided + scale (good - bad), the same in every space."""
-    x0, noise = guided.x0 + scale * (good.x0 - bad.x0), guided.noise + scale * (good.noise - bad.noise)
-    return Estimate(x0, noise, guided.log_var)
+class Perturbed:
+    """Base of the rules that add scale (p - p') to another rule's estimate, p' from the same network made worse: frozen
+    dataclasses that say how in `worse`. Linear, so the same in every space; one evaluation more, none at scale 0.
+    """
 
+    scale: float
+    rule: Rule
+    positive: str
+    branch: str
 
-def grid(x: Tensor, positions: int) -> tuple[int, int]:
-    """Height and width of a feature map of x [B,C,H,W], halved some times, that has so many positions."""
-    height, width = x.shape[2:]
-    for halvings in range(12):
-        h, w = (-(-side // 2**halvings) for side in (height, width))
-        if h * w == positions:
-            return h, w
-    raise UsageError(f"{positions} positions of attention are no map of {height}x{width} latents")
+    def worse(self, branches: Branches) -> Denoiser:
+        """The perturbed model under the positive condition."""
+        raise TypeError(f"{type(self).__name__} perturbs nothing")
+
+    def acts(self, level: Level) -> bool:
+        """Is anything added at this level?"""
+        return self.scale != 0
+
+    def others(self, branches: Branches) -> dict[str, Denoiser]:
+        """The branch of the perturbed model."""
+        return {} if self.scale == 0 else {self.branch: self.worse(branches)}
+
+    def needs(self, level: Level) -> tuple[str, ...]:
+        """The inner rule's branches and, where anything is added, the positive and the perturbed one."""
+        return tuple(dict.fromkeys((*self.rule.needs(level), *((self.positive, self.branch) if self.acts(level) else ()))))
+
+    def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
+        """The guided estimate."""
+        guided = self.rule(estimates, x, level)
+        if not self.acts(level):
+            return guided
+        good, bad = estimates[self.positive], estimates[self.branch]
+        x0, noise = guided.x0 + self.scale * (good.x0 - bad.x0), guided.noise + self.scale * (good.noise - bad.noise)
+        return Estimate(x0, noise, guided.log_var)
 
 
 def blurred(t: Tensor, deviation: float | None) -> Tensor:

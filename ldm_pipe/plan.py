@@ -131,6 +131,8 @@ def plan(
         raise UsageError(f"prompt takes one text or several, got {prompts!r:.60}")
     codec = bundle.codec
     sampler = registry.build("sampler", str(given.sampler), **given.sampler_set)
+    if not sampler.calls:  # a tolerance decides the steps, and those of a batch would follow from its worst image
+        given = replace(given, batch_size=1)
     shape = (codec.channels, int(given.height or 0) // codec.factor, int(given.width or 0) // codec.factor)
     levels = registry.build("spacing", str(given.spacing), **_spacing(given, shape))(bundle.model.path, given.steps)
     if rule is None:

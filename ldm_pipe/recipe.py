@@ -35,7 +35,8 @@ class Recipe:
     """What made one image. seed: the image's own; batch, row: how many were computed together, and which this one was.
 
     sources: SHA-256 of the pixels an edit started from. edit, restoration: the fields of the `Edit` or the `Restoration` it
-    was. hires: of the second pass; height and width are the first's. controls: name, digest and settings of each. patches: as --patch takes them, those of the preset `speed` among them.
+    was. hires: of the second pass; height and width are the first's. filtered: of the images drawn, the share that was kept. controls, adapters: name, digest and
+    settings of each. patches: as --patch takes them, those of the preset `speed` among them.
     digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
     """
 
@@ -59,6 +60,8 @@ class Recipe:
     restoration: dict[str, Any] = field(default_factory=dict)
     hires: dict[str, Any] = field(default_factory=dict)
     controls: tuple[dict[str, Any], ...] = ()
+    adapters: tuple[dict[str, Any], ...] = ()
+    filtered: dict[str, Any] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     speed: str = ""
     model: str = "builtin"
@@ -95,6 +98,7 @@ class Recipe:
         rows |= {"restored": " by ".join(str(v) for k, v in self.restoration.items() if k in ("operator", "method"))}
         rows |= {"enlarged": f"{self.hires.get('factor')}x, strength {self.hires.get('strength')}"} if self.hires else {}
         rows |= {"controls": ", ".join(f"{c.get('name')} x{c.get('scale')}" for c in self.controls)}
+        rows |= {"adapters": ", ".join(f"{a.get('name')} {a.get('scale', a.get('word'))}".strip() for a in self.adapters)}
         rows |= {"patches": ", ".join(self.patches) + (f" (--speed {self.speed})" if self.speed else "")}
         rows |= {"size": f"{self.width}x{self.height}", "model": self.model, "made with": f"{self.dtype} on {self.device}"}
         return "\n".join(f"{name + ':':<17}{value}" for name, value in rows.items() if value not in (None, ""))

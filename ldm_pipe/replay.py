@@ -15,6 +15,7 @@ from ldm_pipe import __version__, strict
 from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
 from ldm_pipe.errors import UsageError
+from ldm_pipe.hallucinations import Filter
 from ldm_pipe.hires import Hires
 from ldm_pipe.patches import Patches
 from ldm_pipe.recipe import FORMATS, Recipe, encode
@@ -45,7 +46,7 @@ def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
         | {"batch": batch, "row": row, **out.recorded}
         | {"model": pipe.name, "digests": dict(pipe.bundle.digests), "dtype": str(pipe.dtype).removeprefix("torch.")}
         | {"device": platform.machine() if cpu else torch.cuda.get_device_name(pipe.device)}
-        | {"attention": pipe.attention}
+        | {"attention": pipe.attention, "adapters": tuple(dict(row) for row in pipe.bundle.adapters)}
         | {"threads": torch.get_num_threads() if cpu else 0, "versions": _versions()}
     )
 
@@ -92,6 +93,8 @@ def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Any] | None = N
         whole = _restored(recipe, pipe, given)
     else:
         whole = pipe.plan([recipe.prompt] * recipe.batch, None, given.get("init_image"), mask, **settings)
+
+    whole = strict.build(Filter, recipe.filtered, "recipe: filtered").applied(pipe.bundle.model, whole)
 
     def dress(plan: Plan) -> Plan:
         plan = controls.again(recipe.controls).applied(pipe, plan, given.get("controls", ()))

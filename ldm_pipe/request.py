@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm_pipe import guide, hub, inputs, level_file, registry, strict
+from ldm_pipe import guide, inputs, level_file, registry, strict
+from ldm_pipe.adapters import Adapters
 from ldm_pipe.controls import Controls
 from ldm_pipe.edit import Edit
-from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe.errors import UsageError, unknown
+from ldm_pipe.hallucinations import Filter
 from ldm_pipe.hires import Hires
 from ldm_pipe.looking import Looking
 from ldm_pipe.patches import Patches
@@ -25,7 +24,7 @@ SETTINGS = (
     "batch_size", "strength",
 )  # fmt: skip
 WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype", "attention")
-WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", "control", "control_image", *WITH_SHOW[1:])
+WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", "control", "control_image", "lora", "embedding", *WITH_SHOW[1:])
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,11 @@ class Request:
     control: tuple[str, ...] = ()
     control_image: tuple[str, ...] = ()
     control_scale: tuple[float, ...] = ()
+    lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
     attention_maps: str | None = None
     hires: str | None = None
+    filter_hallucinations: float | None = None
     patch: tuple[str, ...] = ()
     speed: str | None = None
     restore: str | None = None
@@ -131,6 +133,7 @@ class Request:
         self.restored()
         self.patches()
         self.controls()
+        self.adapters()
         self.enlarged()
         if (self.fields("edit") or self.fields("inversion")) and self.edit is None:
             raise UsageError('--set edit... and inversion... go with --edit "SOURCE -> TARGET"')
@@ -141,7 +144,7 @@ class Request:
         check_device(self.device)
         check_dtype(self.dtype)
         check_attention(self.attention)
-        check_sides(settings, _factor(self.model))
+        check_sides(settings, inputs.factor(self.model))
         if self.guide is not None:
             if self.guidance_scale is not None:
                 raise UsageError("--guide and --guidance-scale exclude each other; write the scale as cfg(5) in --guide")
@@ -153,7 +156,7 @@ class Request:
                 _check_fields(kind, found[kind], found[f"{kind}_set"])
         for _ in self.looking().runs(found):
             pass  # every combination is checked
-        return found
+        return {**found, "num_images": self.filtered().drawn(settings.num_images)}
 
     def looking(self) -> Looking:
         """What --record, --preview and --sweep ask for."""
@@ -180,9 +183,22 @@ class Request:
             raise UsageError("--hires goes with a prompt alone, not with a picture to start from")
         return Hires.of(self.hires, self.fields("hires"))
 
+    def filtered(self) -> Filter:
+        """What --filter-hallucinations asks for."""
+        pictures = (self.edit, self.restore, self.init_image, self.input, self.hires, self.record, self.attention_maps)
+        if self.filter_hallucinations is None:
+            return Filter()
+        if self.sweep or any(v is not None for v in pictures):
+            raise UsageError("--filter-hallucinations goes with a prompt alone, not with a picture, --hires, --sweep or --record")
+        return Filter(self.filter_hallucinations)
+
     def controls(self) -> Controls:
         """What --control asks for."""
         return Controls.of(self.control, len(self.control_image), self.control_scale, self.fields("control"))
+
+    def adapters(self) -> Adapters:
+        """What --lora and --embedding ask for."""
+        return Adapters.of(self.lora, self.embedding)
 
     def patches(self) -> Patches:
         """What --speed and --patch ask for."""
@@ -221,23 +237,6 @@ class Request:
         """What --edit asks for."""
         method = self.method or "prompt_to_prompt"
         return Edit.of(str(self.edit), self.fields("edit"), method, self.fields("inversion"))
-
-
-def _factor(model: str) -> int:
-    """Pixels per latent pixel of a model folder's codec, 1 where that cannot be told yet. Raises ModelError on no folder."""
-    folder = Path(__file__).parent / "builtin" if model == "builtin" else Path(model)
-    if model.endswith(".safetensors") and os.path.isfile(model):
-        return 8  # of every model that comes in one file
-    if hub.names(model):
-        return 1
-    if not os.path.isdir(folder if model else model):  # Path("") would be the working folder
-        wanted = "give 'builtin', a folder in diffusers' layout or a .safetensors file"
-        raise ModelError(f"--model {model!r:.120} is not a folder; {wanted}")
-    try:
-        found = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        return int(2 ** (len(found["block_out_channels"]) - 1))
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return 1  # the loader will say what is wrong
 
 
 def _check_fields(kind: str, name: str, given: Mapping[str, Any]) -> None:

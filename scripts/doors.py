@@ -105,7 +105,7 @@ def checks(runs: int) -> dict[str, Any]:
     """Runs of the built-in model: how many the finite checks refuse, and their share of the time."""
     from ldm_pipe import NumericalError, Pipeline, pipeline
 
-    spent, real = 0.0, pipeline._finite
+    spent, real = 0.0, pipeline.finite
 
     def timed(t: Any, stage: str) -> Any:
         nonlocal spent
@@ -116,7 +116,7 @@ def checks(runs: int) -> dict[str, Any]:
             spent += time.perf_counter() - began
 
     pipe, alarms = Pipeline.from_pretrained("builtin", "cpu"), 0
-    pipeline._finite = timed
+    pipeline.finite = timed
     began = time.perf_counter()
     for seed in range(runs):
         try:
@@ -124,7 +124,7 @@ def checks(runs: int) -> dict[str, Any]:
         except NumericalError:
             alarms += 1
     whole = time.perf_counter() - began
-    pipeline._finite = real
+    pipeline.finite = real
     return {"runs": runs, "false alarms": alarms, "share of the time": round(spent / whole, 5)}
 
 

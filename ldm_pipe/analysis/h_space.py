@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
-from ldm_pipe.errors import UsageError
+from ldm_pipe.errors import UsageError, check_interval
+from ldm_pipe.level import inside
 from ldm_pipe.patch import Change, Patch, Run
 
 
@@ -34,8 +35,7 @@ class HSpace(Patch):
     neutral: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lo <= self.hi <= 1:
-            raise UsageError(f"h_space: it takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
+        check_interval("h_space", self.lo, self.hi)
 
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """A change around the middle."""
@@ -47,7 +47,7 @@ class HSpace(Patch):
         def moved(call: Callable[..., Any], *args: Any, **given: Any) -> Tensor:
             h: Tensor = call(*args, **given)
             level = ROWS.get().level
-            if self.scale == 0 or not run.inside(level, self.lo, self.hi):
+            if self.scale == 0 or not inside(level, self.lo, self.hi):
                 return h
             direction = self.direction[run.index(level)] if self.direction.ndim == 4 else self.direction
             if direction.shape != h.shape[1:]:

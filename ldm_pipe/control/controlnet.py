@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
-from ldm_pipe.errors import UsageError
+from ldm_pipe.errors import UsageError, check_interval
+from ldm_pipe.level import inside
 from ldm_pipe.patch import Change, Patch, Run, changed
 from ldm_pipe.reuse import Reuse
 
@@ -41,8 +42,7 @@ class ControlNet(Patch):
     neutral: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lo <= self.hi <= 1:
-            raise UsageError(f"controlnet: it takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
+        check_interval("controlnet", self.lo, self.hi)
 
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """A change around the network, which is given the residuals."""
@@ -58,7 +58,7 @@ class ControlNet(Patch):
             return picture[0].expand(len(hint), -1, -1, -1)
 
         def controlled(call: Callable[..., Any], x: Tensor, time: Tensor, **given: Any) -> Any:
-            if self.scale == 0 or not run.inside(ROWS.get().level, self.lo, self.hi):
+            if self.scale == 0 or not inside(ROWS.get().level, self.lo, self.hi):
                 return call(x, time, **given)
             with changed(self.network, {"controlnet_cond_embedding": [read]}):
                 down, mid = keep(self._residuals, x, time, given)

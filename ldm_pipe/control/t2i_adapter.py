@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
-from ldm_pipe.errors import UsageError
+from ldm_pipe.errors import UsageError, check_interval
+from ldm_pipe.level import inside
 from ldm_pipe.patch import Change, Patch, Run
 
 NAME = "down_intrablock_additional_residuals"
@@ -34,8 +35,7 @@ class T2IAdapter(Patch):
     neutral: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lo <= self.hi <= 1:
-            raise UsageError(f"t2i_adapter: it takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
+        check_interval("t2i_adapter", self.lo, self.hi)
 
     @classmethod
     @torch.no_grad()
@@ -52,7 +52,7 @@ class T2IAdapter(Patch):
             raise UsageError(f"t2i_adapter: the adapter has {len(self.features)} sizes, the network's way down {stages} stages")
 
         def adapted(call: Callable[..., Any], x: Tensor, time: Tensor, **given: Any) -> Any:
-            if self.scale == 0 or not run.inside(ROWS.get().level, self.lo, self.hi):
+            if self.scale == 0 or not inside(ROWS.get().level, self.lo, self.hi):
                 return call(x, time, **given)
             added = [(f.to(x) * self.scale).expand(len(x), -1, -1, -1) for f in self.features]
             if given.get(NAME) is not None:

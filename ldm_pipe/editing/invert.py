@@ -1,7 +1,7 @@
 """Inversion: from a picture back to the x that a deterministic sampler makes it from.
 
 DDIM inversion (Denoising Diffusion Implicit Models, Song et al. 2020, arXiv 2010.02502, section 4.3; Diffusion Models Beat
-GANs, Dhariwal and Nicol 2021, arXiv 2105.05233, appendix F) reads the step backwards with the noise estimated at the less
+GANs, Dhariwal and Nichol 2021, arXiv 2105.05233, appendix F) reads the step backwards with the noise estimated at the less
 noisy x, under the noisier level. Fixed-point corrections (AIDI, Pan et al. 2023, arXiv 2309.04907, eq. 8) estimate it again
 at the x just found, until the step really comes back.
 """

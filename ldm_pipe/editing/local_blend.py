@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_pipe.attention import Attending, Site
-from ldm_pipe.editing.pairs import grid, sides
+from ldm_pipe.attention import Site, grid
+from ldm_pipe.editing.pairs import sides
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import StepNoise
+from ldm_pipe.patch import Attending
 from ldm_pipe.tokens import Tokenizer, places
 from ldm_pipe.walk import Sampler, Step, Wrapping
 

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ldm_pipe.attention import Attending, AttentionRule, InputRule
+from ldm_pipe.attention import AttentionRule, InputRule
 from ldm_pipe.cond import Cond, Rows
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import CondAt, Denoiser
+from ldm_pipe.patch import Attending
 from ldm_pipe.walk import Sampler
 
 Guide = Callable[[Denoiser], Denoiser]
@@ -47,7 +48,7 @@ class Pairs:
 
     def until(self, share: float) -> float:
         """The noise u above which the first `share` (0..1) of the walk's steps lie."""
-        return float(self.levels[round(share * (len(self.levels) - 1))].u)
+        return until(self.levels, share)
 
 
 class Editing(Protocol):
@@ -70,13 +71,6 @@ def sides(rows: Rows, branch: str, pairs: Sequence[tuple[int, int]]) -> tuple[li
     return [own.start + s for s, _ in pairs], [own.start + t for _, t in pairs]
 
 
-def grid(places: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of attention's places over a latent of height x width that was halved some times or cut into patches.
-
-    Raises UsageError where no factor gives so many.
-    """
-    for factor in range(1, max(height, width) + 1):
-        rows, columns = -(-height // factor), -(-width // factor)
-        if rows * columns == places:
-            return rows, columns
-    raise UsageError(f"{places} places of attention are no grid over a latent of {height}x{width}")
+def until(levels: Sequence[Level], share: float) -> float:
+    """The noise u above which the first `share` (0..1) of a walk's steps lie."""
+    return float(levels[round(share * (len(levels) - 1))].u)

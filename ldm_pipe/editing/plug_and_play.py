@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ldm_pipe.attention import Attending, Site
+from ldm_pipe.attention import Site
 from ldm_pipe.cond import Rows
 from ldm_pipe.editing.pairs import Pairs, sides
 from ldm_pipe.errors import UsageError
+from ldm_pipe.patch import Attending
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ spread over them, so that none is lost: the official code's map then has rows of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,6 @@ from ldm_pipe.attention import Site
 from ldm_pipe.editing.local_blend import LocalBlend, chosen
 from ldm_pipe.editing.pairs import Pairs, sides
 from ldm_pipe.errors import UsageError
-from ldm_pipe.level import Level
 from ldm_pipe.tokens import Tokenizer, places
 
 
@@ -142,11 +141,6 @@ def _weights(text: str) -> dict[str, float]:
         return {word.strip(): float(value) for word, value in parts}
     except ValueError as error:
         raise UsageError(f'edit: weights is {text!r:.60}; it takes words and numbers, such as "small=2, red=-1"') from error
-
-
-def until(levels: Sequence[Level], share: float) -> float:
-    """The noise u above which the first `share` (0..1) of a walk's steps lie."""
-    return float(levels[round(share * (len(levels) - 1))].u)
 
 
 def _aligned(before: list[tuple[str, range]], after: list[tuple[str, range]]) -> list[tuple[int, int]]:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_pipe.attention import Site
+from ldm_pipe.attention import Site, grid
 from ldm_pipe.cond import Cond
-from ldm_pipe.editing.pairs import Pairs, grid
+from ldm_pipe.editing.pairs import Pairs
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import CondAt, Denoiser

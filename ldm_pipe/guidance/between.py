@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ldm_pipe.errors import UsageError
+from ldm_pipe.errors import check_interval
 from ldm_pipe.guidance.cfg import CFG
-from ldm_pipe.level import Level
+from ldm_pipe.level import Level, inside
 from ldm_pipe.model import Estimate, Rule
 
 
@@ -26,13 +26,11 @@ class Between:
     positive: str = "cond"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lo <= self.hi <= 1:
-            raise UsageError(f"between: it takes 0 <= lo <= hi <= 1, got {self.lo}, {self.hi}")
+        check_interval("between", self.lo, self.hi)
 
     def inside(self, level: Level) -> bool:
         """Does the rule apply at this level?"""
-        u = float(level.u)
-        return self.lo <= u < self.hi or (self.hi == 1 and u == 1)
+        return inside(level, self.lo, self.hi)
 
     def needs(self, level: Level) -> tuple[str, ...]:
         """The inner rule's branches inside the interval, else the positive one."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_pipe.attention import Site
+from ldm_pipe.attention import Site, grid
 from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.level import Level
 from ldm_pipe.model import Branches, Denoiser, Estimate, Rule
-from ldm_pipe.perturb import attending, blurred, grid
+from ldm_pipe.perturb import attending, blurred
 from ldm_pipe.prediction import EPS
 
 
@@ -86,4 +86,4 @@ class _Maps:
 
 def _upscaled(mask: Tensor, x: Tensor) -> Tensor:
     """A mask of positions [B,L] as one of x's pixels, [B,1,H,W]."""
-    return F.interpolate(mask.to(x).reshape(len(x), 1, *grid(x, mask.shape[1])), x.shape[2:])
+    return F.interpolate(mask.to(x).reshape(len(x), 1, *grid(mask.shape[1], *x.shape[2:])), x.shape[2:])

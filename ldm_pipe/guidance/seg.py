@@ -5,21 +5,19 @@ Blurring the queries over the image blurs the attention weights (section 4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ldm_pipe.attention import Site
+from ldm_pipe.attention import Site, grid
 from ldm_pipe.errors import UsageError
 from ldm_pipe.guidance.cfg import CFG
-from ldm_pipe.level import Level
-from ldm_pipe.model import Branches, Denoiser, Estimate, Rule
-from ldm_pipe.perturb import attending, blurred, grid, pushed
+from ldm_pipe.model import Branches, Denoiser, Rule
+from ldm_pipe.perturb import Perturbed, attending, blurred
 
 
 @dataclass(frozen=True)
-class SEG:
+class SEG(Perturbed):
     """The rule, plus scale (p - p'), where p' comes from self-attention with queries blurred by a Gaussian.
 
     blur: its deviation in positions; None, as in the paper's best runs, gives every position the mean of the queries. At the
@@ -38,23 +36,9 @@ class SEG:
         if self.blur is not None and not self.blur > 0:
             raise UsageError(f"seg: blur is {self.blur}; it takes a number above 0, or None for the mean")
 
-    def others(self, branches: Branches) -> dict[str, Denoiser]:
-        """The model with blurred queries under the positive condition."""
-        if self.scale == 0:
-            return {}
-        return {self.branch: attending(branches, self.positive, self.branch, self.layers, lambda x: _Blur(x, self.blur))}
-
-    def needs(self, level: Level) -> tuple[str, ...]:
-        """The inner rule's branches, the positive and the perturbed one; the inner rule's alone at scale 0."""
-        added = () if self.scale == 0 else (self.positive, self.branch)
-        return tuple(dict.fromkeys((*self.rule.needs(level), *added)))
-
-    def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
-        """The guided estimate."""
-        guided = self.rule(estimates, x, level)
-        if self.scale == 0:
-            return guided
-        return pushed(guided, estimates[self.positive], estimates[self.branch], self.scale)
+    def worse(self, branches: Branches) -> Denoiser:
+        """The model with blurred queries."""
+        return attending(branches, self.positive, self.branch, self.layers, lambda x: _Blur(x, self.blur))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,5 +51,5 @@ class _Blur:
     def inputs(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if site.cross:
             return q, k, v
-        maps = q.mT.reshape(*q.mT.shape[:3], *grid(self.x, q.shape[2]))
+        maps = q.mT.reshape(*q.mT.shape[:3], *grid(q.shape[2], *self.x.shape[2:]))
         return blurred(maps, self.deviation).flatten(-2).mT, k, v

@@ -40,7 +40,9 @@ class Threshold:
     def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
         """The inner rule's estimate; samples that stay within the bound keep their x0 to the bit."""
         guided = self.rule(estimates, x, level)
-        s = torch.quantile(guided.x0.flatten(1).abs(), self.percentile, dim=1).reshape(-1, *[1] * (x.ndim - 1))
+        # Image by image: torch takes the quantile of 2^24 values at most.
+        s = torch.stack([torch.quantile(x0.abs(), self.percentile) for x0 in guided.x0.flatten(1)])
+        s = s.reshape(-1, *[1] * (x.ndim - 1))
         s = s.clamp(min=self.bound)
         within = s <= self.bound
         if bool(within.all()):

@@ -154,7 +154,8 @@ class ClipTextModel(nn.Module):
         for layer in layers:
             states.append(layer(states[-1]))
         last, end = self.final_layer_norm(states[-1]), self.config.eos_token_id
-        ends = (ids if end == 2 else (ids == end).int()).argmax(dim=1)
+        own = ids.where(ids < self.config.vocab_size, 0)  # words that were learned later lie above
+        ends = (own if end == 2 else (ids == end).int()).argmax(dim=1)
         pooled = last[torch.arange(len(ids), device=ids.device), ends]
         return Encoded(last, pooled, tuple(states), self.text_projection(pooled) if self.text_projection is not None else None)
 

@@ -14,7 +14,7 @@ from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.restore.operator import Measurement, norm, shifted, through
+from ldm_pipe.restore.operator import Measurement, norm, shifted, square, through
 from ldm_pipe.walk import Sampler, Step, Wrapping
 
 FAINT = 0.05  # |y| of a grey in the middle is 0, which nothing can be divided by
@@ -71,11 +71,7 @@ class DPSScore:
             return denoise
 
         def move(x: Tensor, level: Level) -> Estimate:
-            known, gradient = through(denoise, x, level, lambda x0: _square(self.measurement.misfit(x0)))
+            known, gradient = through(denoise, x, level, lambda x0: square(self.measurement.misfit(x0)))
             return shifted(known(x, level), -self.scale / (2 * self.measurement.deviation**2) * gradient, x, level)
 
         return move
-
-
-def _square(t: Tensor) -> Tensor:
-    return t.flatten(1).square().sum(1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm_pipe.codec import Codec
 from ldm_pipe.restore.operator import Operator, gauss_newton
+from ldm_pipe.samplewise import norm
 
 REACH = 0.01  # how far apart the two latents are whose images tell a derivative, where latents have variance 1
 
@@ -33,7 +34,7 @@ class Latent(Operator):
     def push(self, x: Tensor, v: Tensor) -> Tensor:
         """The decoder's derivative by a difference, which takes no second derivative of a network, then the operator's own."""
         image = self.codec.decode(x)
-        size = v.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, *[1] * (v.ndim - 1))
+        size = norm(v).clamp(min=1e-30)
         reach = REACH * v[0].numel() ** 0.5 / size
         return self.operator.push(image, (self.codec.decode(x + reach * v) - image) / reach)
 

@@ -125,8 +125,13 @@ class Measurement:
 
 
 def norm(t: Tensor) -> Tensor:
-    """The Euclidean norm of every sample, [B]."""
+    """The Euclidean norm of every sample, [B]: data of different shapes go with each other (else see `samplewise`)."""
     return t.flatten(1).norm(dim=1)
+
+
+def square(t: Tensor) -> Tensor:
+    """Its square, [B], which has a derivative at 0."""
+    return t.flatten(1).square().sum(1)
 
 
 def shifted(estimate: Estimate, score: Tensor, x: Tensor, level: Level) -> Estimate:
@@ -177,33 +182,29 @@ def gauss_newton(operator: Operator, z: Tensor, rho: float, y: Tensor, steps: in
     out, pull = torch.func.vjp(operator, z)[:2]
     r, d = y - out, torch.zeros_like(z)
     s = p = pull(r)[0]
-    gamma = start = _square(s)
+    gamma = start = square(s)
     for _ in range(steps):
         q = operator.push(z, p)
-        a = gamma / (_square(q) + rho * _square(p)).clamp(min=torch.finfo(z.dtype).tiny)
+        a = gamma / (square(q) + rho * square(p)).clamp(min=torch.finfo(z.dtype).tiny)
         d, r = d + _each(a, p), r - _each(a, q)
         s = pull(r)[0] - rho * d
-        gamma, last = _square(s), gamma
+        gamma, last = square(s), gamma
         if bool((gamma <= torch.finfo(z.dtype).eps ** 2 * start).all()):
             break
         p = s + _each(gamma / last.clamp(min=torch.finfo(z.dtype).tiny), p)
-    return z + _each(_share(operator, z, d, rho, y, _square(y - out)), d)
+    return z + _each(_share(operator, z, d, rho, y, square(y - out)), d)
 
 
 def _share(operator: Operator, z: Tensor, d: Tensor, rho: float, y: Tensor, before: Tensor) -> Tensor:
     """How much of d to go, [B]: 1, 1/2, ... 1/64, the first that leaves the objective no larger than `before`, else 0."""
     share, slack = torch.ones_like(before), 1 + 1e3 * torch.finfo(z.dtype).eps  # rounding is no reason to go less far
     for _ in range(7):
-        after = _square(y - operator(z + _each(share, d))) + rho * _square(_each(share, d))
+        after = square(y - operator(z + _each(share, d))) + rho * square(_each(share, d))
         worse = ~(after <= slack * before + torch.finfo(z.dtype).eps)
         if not bool(worse.any()):
             return share
         share = torch.where(worse, share / 2, share)
     return torch.where(worse, 0.0, share)
-
-
-def _square(t: Tensor) -> Tensor:
-    return t.flatten(1).square().sum(1)
 
 
 def _each(a: Tensor, t: Tensor) -> Tensor:

@@ -4,11 +4,10 @@
 The SDE is a choice of coordinates: any level is carried to the alpha and sigma which that SDE has at the same sigma / alpha,
 and the step is discretised there, with r = alpha_t / alpha_s, b = sigma_t^2 - r^2 sigma_s^2 and the score -noise / sigma_t:
 
-    reverse diffusion   x_s = (2 - r) x + b score + sqrt(b) z      (the forward transition turned around, eq. 46)
-    ancestral           the posterior's mean (x + b score) / r, with variance b (VP, eq. 4), or b sigma_s^2 / sigma_t^2 (VE,
-    eq. 47) Euler-Maruyama      the reverse SDE over its own clock, the integral of beta (VP, sub-VP), or sigma^2 (VE: as
-    reverse diffusion) Langevin            x + e score + sqrt(2 e) z,  e = 2 a (snr |z| / |score|)^2,  a = r^2 of the step
-    (VP), 1 (VE)
+    reverse diffusion   x_s = (2 - r) x + b score + sqrt(b) z   (the forward transition turned around, eq. 46)
+    ancestral           the posterior's mean (x + b score) / r, with variance b (VP, eq. 4) or b sigma_s^2 / sigma_t^2 (VE, eq. 47)
+    Euler-Maruyama      the reverse SDE over its own clock: the integral of beta (VP, sub-VP), or sigma^2 (VE: reverse diffusion)
+    Langevin            x + e score + sqrt(2 e) z,  e = 2 a (snr |z| / |score|)^2,  a = r^2 of the step (VP), 1 (VE)
 
 Of what the official code does two things are otherwise here: norms are those of each image and not a batch's mean, so that an
 image does not depend on its batch; and the walk ends with the noise-free mean E[x0 | x], exact at any last level.
@@ -26,6 +25,7 @@ from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate
 from ldm_pipe.noise import StepNoise
+from ldm_pipe.samplewise import norm
 from ldm_pipe.walk import Sampler, Step
 
 
@@ -98,6 +98,5 @@ class ScoreSDE(Sampler):
         return (2 - r) * x + b * score + b**0.5 * z
 
     def _correct(self, x: Tensor, score: Tensor, rate: float, z: Tensor) -> Tensor:
-        norms = [v.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1)) for v in (z, score)]
-        e = 2 * rate * (self.snr * norms[0] / norms[1].clamp(min=1e-30)) ** 2
+        e = 2 * rate * (self.snr * norm(z) / norm(score).clamp(min=1e-30)) ** 2
         return x + e * score + (2 * e) ** 0.5 * z

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from ldm_pipe import UsageError
-from ldm_pipe.analysis.hallucination import dense_tail, keep, scores
+from ldm_pipe import VP, UsageError, build, levels
+from ldm_pipe.analysis.hallucination import FINE, dense_tail, fine_end, keep, scores
 from ldm_pipe.level import Level
 from ldm_pipe.model import Estimate
-from ldm_pipe.walk import Step
+from ldm_pipe.noise import StepNoise
+from ldm_pipe.walk import Step, trajectory
 
 LEVELS = [Level(k / 20, 1 - k / 20) for k in range(21)]
 
@@ -46,3 +51,48 @@ def test_a_dense_tail_goes_on_where_the_walk_is() -> None:
     found = dense_tail(walk, tail)
     assert found == [*walk[:-1], *tail]
     assert [float(level.u) for level in found] == sorted((float(level.u) for level in found), reverse=True)
+
+
+MODES, SPREAD, MANY = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64), 0.05, 20_000
+POINTS, WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(9))
+
+
+class Draws:
+    """One generator a step: twenty thousand numbers, where a seed for each would take long."""
+
+    def at(self, index: int) -> StepNoise:
+        generator = torch.Generator().manual_seed(100_003 + index)
+        return lambda tag="step": torch.randn(MANY, 1, 1, 1, generator=generator, dtype=torch.float64)
+
+
+def toy(width: float, walk: list[Level]) -> Iterator[Step]:
+    """Ancestral samples of three modes on a line from their exact denoiser, smoothed over x by a Gaussian of some width: a
+    network is smooth, and that alone is what makes samples between the modes."""
+
+    def exact(x: Tensor, level: Level) -> Tensor:
+        variance = (level.alpha * SPREAD) ** 2 + level.sigma**2
+        off = x[..., None] - level.alpha * MODES
+        share = torch.softmax(-off.square() / (2 * variance), -1)
+        return (share * (MODES + level.alpha * SPREAD**2 / variance * off)).sum(-1)
+
+    def smooth(x: Tensor, level: Level) -> Estimate:
+        x0 = (exact(x[..., None] + width * POINTS, level) * WEIGHTS).sum(-1) / WEIGHTS.sum()
+        return Estimate(x0, level.noise(x, x0))
+
+    return trajectory(smooth, Draws().at(-1)(), walk, build("sampler", "ddpm"), Draws())
+
+
+def test_between_three_modes_nine_of_ten_are_found() -> None:
+    """At 95% kept, over the last ten of a thousand levels; over the last hundred next to none. The exact denoiser makes none."""
+    path = VP.linear(0.001, 0.02)
+    walk = dense_tail(levels.trailing(path, 100), fine_end(path))
+    assert len(fine_end(path)) == FINE + 1
+    steps = list(toy(0.1, walk))
+    off = (steps[-1].x.flatten()[:, None] - MODES).abs().min(1).values > 4 * SPREAD
+    assert 20 < int(off.sum()) < 200
+    found = {window: keep(scores(steps, float(path.level(window).u)), 0.95) for window in (9, 99)}
+    removed = {window: float((~kept[off]).double().mean()) for window, kept in found.items()}
+    assert removed[9] > 0.9
+    assert removed[99] < 0.5
+    exact = list(toy(0.0, walk))[-1].x.flatten()
+    assert bool(((exact[:, None] - MODES).abs().min(1).values < 5 * SPREAD).all())

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import CFG, Cond, Model, Noise, Pipeline, UsageError, build, guided, levels, sample, trajectory
+from ldm_pipe.attention import grid
 from ldm_pipe.editing.local_blend import LocalBlend, chosen
-from ldm_pipe.editing.pairs import grid
-from ldm_pipe.editing.prompt_to_prompt import Replacing, until
+from ldm_pipe.editing.pairs import until
+from ldm_pipe.editing.prompt_to_prompt import Replacing
 from ldm_pipe.walk import Step
 
 Make = Callable[[str], Any]

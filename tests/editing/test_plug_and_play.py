@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import CFG, Cond, Level, Model, Noise, Pipeline, UsageError, build, guided, levels, sample
-from ldm_pipe.attention import Attending, Site, feature_tap
+from ldm_pipe.attention import Site
+from ldm_pipe.editing.pairs import until
 from ldm_pipe.editing.plug_and_play import Inject, PlugAndPlay, middle
-from ldm_pipe.editing.prompt_to_prompt import until
+from ldm_pipe.patch import Attending, feature_tap
 
 Make = Callable[[str], Any]
 BLOCKS = {"unet": "up_blocks.0.resnets.1.conv2", "pixart": "transformer_blocks.1.ff"}

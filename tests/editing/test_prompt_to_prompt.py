@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import CFG, Cond, Level, Noise, Pipeline, UsageError, build, guided, levels, sample
-from ldm_pipe.attention import Attending, Site, attention_rule
+from ldm_pipe.attention import Site, attention_rule
 from ldm_pipe.cond import Rows
-from ldm_pipe.editing.prompt_to_prompt import PromptToPrompt, TokenMap, until
+from ldm_pipe.editing.pairs import until
+from ldm_pipe.editing.prompt_to_prompt import PromptToPrompt, TokenMap
+from ldm_pipe.patch import Attending
 
 Tiny = Callable[[str], Path]
 FOX, CAT = "a fox on a blue background", "a cat on a blue background"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import CFG, Cond, Level, Model, Noise, Pipeline, UsageError, build, guided, levels, trajectory
-from ldm_pipe.attention import Attending, Site
+from ldm_pipe.attention import Site
 from ldm_pipe.cond import Rows
-from ldm_pipe.editing.pairs import Pairs
-from ldm_pipe.editing.prompt_to_prompt import until
+from ldm_pipe.editing.pairs import Pairs, until
 from ldm_pipe.editing.shape_guided import Backdrop, InsideOutside, ShapeGuided, shape, spliced
+from ldm_pipe.patch import Attending
 from ldm_pipe.walk import Step
 
 Make = Callable[[str], Any]

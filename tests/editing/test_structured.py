@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import CFG, Cond, Level, Model, Noise, Pipeline, UsageError, build, guided, levels, sample
-from ldm_pipe.attention import Attending, Site, attention_rule
+from ldm_pipe.attention import Site, attention_rule
 from ldm_pipe.blocks import Attention
 from ldm_pipe.cond import ROWS, Rows
 from ldm_pipe.edit import Edit
 from ldm_pipe.editing.structured import Values, phrases_of, spans, spliced, values_of
+from ldm_pipe.patch import Attending
 
 Make = Callable[[str], Any]
 PROMPT = "a red fox above a blue cat on a green background"

@@ -1,0 +1,175 @@
+"""LoRA and its relatives from a file into a copy of a model: every tensor finds its layer, or nothing is changed.
+
+Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv 2106.09685. The copy shares all weights but those that
+change, so the model it was made from keeps every bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm_pipe import lora_delta, lora_names, weights
+from ldm_pipe.errors import ModelError, UsageError
+from ldm_pipe.loading import Bundle
+from ldm_pipe.lora_names import NETWORK
+from ldm_pipe.patch import root
+
+METADATA = "lora_adapter_metadata"
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 1280: "the refiner of XL"}
+Layers = dict[tuple[str, str], dict[str, Tensor]]  # (part, layer) -> its tensors by lora_names.LEAVES
+
+
+def copied(bundle: Bundle) -> Bundle:
+    """A bundle of its own modules around the very same weights: what is put in the place of one leaves the other alone."""
+    modules = (bundle.model, *encoders(bundle.text).values())
+    shared = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    model, text = copy.deepcopy((bundle.model, bundle.text), shared)
+    return dataclasses.replace(bundle, model=model, text=text)
+
+
+def encoders(text: Any) -> dict[str, nn.Module]:
+    """The text encoders of a family in their order: "text_encoder", "text_encoder_2", ..."""
+    return {f"text_encoder_{k}" if k > 1 else "text_encoder": m for k, m in enumerate(_modules(text), 1)}
+
+
+def _modules(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _modules(item)
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from _modules(getattr(value, f.name))
+
+
+def parts(bundle: Bundle) -> dict[str, nn.Module]:
+    """The modules that an adapter may change, by the names of `lora_names.Key.part`."""
+    network = root(bundle.model)
+    inner = getattr(network, "transformer", network)
+    return {NETWORK: inner if isinstance(inner, nn.Module) else network, **encoders(bundle.text)}
+
+
+def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of an adapter's file. Raises ModelError where it is damaged, no safetensors file or not finite."""
+    from safetensors import safe_open
+
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise ModelError(f"{str(file)!r:.120} is no .safetensors file; other formats may hold code and are not read")
+    with weights.named(file):
+        header = weights.header(file, alone=True)
+        wrong = [n for n, (kind, _) in header.items() if kind not in weights.FLOATS]
+        if wrong or not header:
+            raise ModelError(f"{file.name}: " + (f"not floating point: {wrong[0]!r:.100}" if wrong else "it holds no tensor"))
+        with safe_open(file, framework="pt") as found:
+            tensors = {n: found.get_tensor(n) for n in header}
+            said = dict(found.metadata() or {})
+    broken = [n for n, t in tensors.items() if not bool(t.isfinite().all())]
+    if broken:
+        raise ModelError(f"{file.name}: NaN or Inf in tensor {broken[0]!r:.100} and {len(broken) - 1} more")
+    return tensors, said
+
+
+def merge(bundle: Bundle, file: Path, scale: float = 1.0) -> tuple[Bundle, str]:
+    """(a copy of the bundle with an adapter merged in, a sentence that says what was found).
+
+    Raises ModelError, and changes nothing, where a tensor of the file finds no layer or does not fit it.
+    """
+    tensors, said = read(file)
+    mine = copied(bundle)
+    modules = parts(mine)
+    layers = _placed(tensors, modules, file.name)
+    alphas = _Alphas.of(said)
+    for (part, layer), leaves in layers.items():
+        module: Any = modules[part].get_submodule(layer)
+        alpha = alphas.at(part, layer, leaves)
+        try:
+            new = lora_delta.changed(module.weight.detach(), leaves, scale, alpha)
+        except ValueError as error:
+            raise ModelError(f"{file.name}: {layer!r:.100} of the {part}: {error}{_other(tensors, modules)}") from error
+        if scale != 0:
+            module.weight = nn.Parameter(new.to(module.weight.dtype), requires_grad=False)
+    text = sum(part != NETWORK for part, _ in layers)
+    ranks = sorted({len(t["down"]) for t in layers.values() if "down" in t})
+    of = f", rank {', '.join(map(str, ranks))}" if ranks else ""
+    where = f"{len(layers) - text} layers of the network and {text} of the text encoder"
+    return mine, f"{file.name}: all {len(tensors)} tensors matched, {where}{of}, scale {scale:g}"
+
+
+def _placed(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], where: str) -> Layers:
+    """Every tensor at its layer. Raises ModelError naming the first that finds none, and counting the others."""
+    known = {part: lora_names.layers(m) for part, m in modules.items()}
+    count = getattr(getattr(modules[NETWORK], "config", None), "layers_per_block", 2)
+    per_block = count if isinstance(count, int) else count[0]
+    layers: Layers = {}
+    lost = []
+    for name, tensor in tensors.items():
+        key = lora_names.key(name)
+        layer = lora_names.found(key, known[key.part], per_block) if key and key.part in known else None
+        if key is None or layer is None:
+            lost.append(name)
+        else:
+            layers.setdefault((key.part, layer), {})[key.leaf] = tensor
+    if lost:
+        raise ModelError(f"{where}: {lost[0]!r:.100} and {len(lost) - 1} more find no layer{_other(tensors, modules)}")
+    return layers
+
+
+def _other(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> str:
+    """For which model a file seems to be made, where that is not the one that is loaded; "" where it cannot be told."""
+    names = " ".join(tensors)
+    if "single_transformer_blocks" in names or "double_blocks" in names:
+        made = "Flux"
+    elif "joint" in names or "add_k_proj" in names or "context_block" in names:
+        made = "Stable Diffusion 3"
+    else:
+        widths = {t.shape[1] for n, t in tensors.items() if re.search(r"attn2.*to_[kv].*(down|lora_A)", n) and t.ndim > 1}
+        if len(widths) != 1:
+            return ""
+        made = _named(widths.pop())
+    network = modules[NETWORK]
+    layer: Any = next((m for n, m in network.named_modules() if n.endswith("attn2.to_k")), None)
+    loaded = type(network).__name__ if layer is None else _named(layer.in_features)
+    return "" if made == loaded else f"; it was made for {made}, loaded is {loaded}"
+
+
+def _named(width: int) -> str:
+    return FAMILIES.get(width, f"a model with text features of width {width}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alphas:
+    """What the metadata of a peft file say of alpha, which stands in no tensor there."""
+
+    said: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str]) -> _Alphas:
+        try:
+            found = json.loads(metadata.get(METADATA, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"the metadata {METADATA} of the adapter are not JSON") from error
+        if not isinstance(found, dict):
+            raise ModelError(f"the metadata {METADATA} of the adapter are not an object")
+        return cls(found)
+
+    def at(self, part: str, layer: str, leaves: Mapping[str, Tensor]) -> float | None:
+        """alpha of a layer, None where nothing is said: the delta is then taken as it is."""
+        heads = ("unet.", "transformer.") if part == NETWORK else (f"{part}.",)
+        mine = {n.removeprefix(h): v for h in heads for n, v in self.said.items() if n.startswith(h)}
+        if "lora_alpha" not in mine or "down" not in leaves:
+            return None
+        patterns = mine.get("alpha_pattern") or {}
+        chosen = next((v for p, v in patterns.items() if layer == p or layer.endswith(f".{p}")), mine["lora_alpha"])
+        if isinstance(chosen, bool) or not isinstance(chosen, int | float) or not math.isfinite(chosen):
+            raise UsageError(f"the metadata {METADATA} of the adapter hold lora_alpha {chosen!r:.40}; it takes a number")
+        return float(chosen) * (math.sqrt(len(leaves["down"])) if mine.get("use_rslora") else 1.0)
