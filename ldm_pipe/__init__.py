@@ -26,7 +26,7 @@ _HOMES = {
     "analysis.gaussian": ("Gaussian",),
     "analysis.mixture": ("Mixture",),
     "registry": ("build",),
-    "adapters": ("adapted",),
+    "doors.adapters": ("adapted",),
     "loading": ("Bundle", "load"),
     "pipeline": ("Output", "Pipeline"),
     "settings": ("Settings",),

@@ -34,8 +34,8 @@ class Ahead:
         if copies == 1:
             return call(*args, **given)
         size = len(next(a for a in (*args, *given.values()) if isinstance(a, Tensor))) // copies
-        first = call(*_each(args, lambda t: t[:size]), **_each(given, lambda t: t[:size]))
-        return _each(first, lambda t: t.repeat(copies, *[1] * (t.ndim - 1)))
+        first = call(*each(args, lambda t: t[:size]), **each(given, lambda t: t[:size]))
+        return each(first, lambda t: t.repeat(copies, *[1] * (t.ndim - 1)))
 
     def _network(self, call: Callable[..., Any], x: Tensor, time: Tensor, **given: Any) -> Any:
         rows, u, tokens = ROWS.get(), float(ROWS.get().level.u), given["encoder_hidden_states"]
@@ -51,7 +51,7 @@ class Ahead:
         if copies == 1:
             return call(x, time, **given)
         moments = torch.cat([time.expand(len(x)), *(time.new_full((len(x),), self.times[w]) for w in walk[now + 1 : until])])
-        given = _each(given, lambda t: t.repeat(copies, *[1] * (t.ndim - 1)) if t.ndim and len(t) == len(x) else t)
+        given = each(given, lambda t: t.repeat(copies, *[1] * (t.ndim - 1)) if t.ndim and len(t) == len(x) else t)
         self.copies[0] = copies
         try:
             outs = call(x.repeat(copies, 1, 1, 1), moments, **given)[0].chunk(copies)
@@ -62,10 +62,10 @@ class Ahead:
         return (outs[0],)
 
 
-def _each(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+def each(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     """`f` of every tensor in tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return f(value) if value.ndim else value
     if isinstance(value, Mapping):
-        return {n: _each(v, f) for n, v in value.items()}
-    return type(value)(_each(v, f) for v in value) if isinstance(value, tuple | list) else value
+        return {n: each(v, f) for n, v in value.items()}
+    return type(value)(each(v, f) for v in value) if isinstance(value, tuple | list) else value

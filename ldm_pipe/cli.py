@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ldm_pipe import __version__, commands
+from ldm_pipe.doors.patches import SPEED
 from ldm_pipe.errors import LdmError, UsageError
 from ldm_pipe.output import FIELDS, NAME
-from ldm_pipe.patches import SPEED
 from ldm_pipe.request import Request
 
 # A settings field at the head of a sentence: on the command line it is a flag.
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("--edit", metavar="TEXT", help='"a fox on blue -> a cat on blue": both pictures, the second keeping what it can of the '
         "first, which is drawn, or --input inverted (--set edit.cross=0.8, edit.inversion=null_text; --list inversions)")
     add("--control", action="append", metavar="FOLDER", help="a ControlNet or T2I-Adapter in diffusers' layout; may be given "
-        "several times (--set control.lo=0.3: while the noise u is above; control.guess=true)")
+        "several times (--set control.lo=0.3: while the noise u is above; control.guess=true; control.prepare=canny)")
     add("--control-image", action="append", metavar="FILE", help="with --control: the picture that it reads, one for each")
     add("--control-scale", action="append", metavar="X", help="with --control: how strongly it acts, one for each (default: 1)")
     add("--lora", action="append", metavar="FILE[:X]", help="a LoRA (or LoCon, LoHa, LoKr, DoRA), added X times (default: 1); "

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import attention_maps, check, compare, recipe, registry
+from ldm_pipe import check, recipe, registry
 from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe.looking import attention_maps, compare
+from ldm_pipe.looking.watch import Watch
 from ldm_pipe.output import Target
 from ldm_pipe.request import Request
 from ldm_pipe.settings import ATTENTIONS, Settings
-from ldm_pipe.watch import Watch
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import Output, Pipeline
@@ -43,7 +44,7 @@ def run(request: Request) -> int:
 
 def _list(kind: str) -> int:
     if kind == "words":
-        print("\n".join(_words()))
+        print("\n".join(_builtin()["words"]))
         return 0
     if kind not in ("all", *PLURALS):
         raise UsageError("--list " + unknown("kind", kind, ["all", "words", *PLURALS]))
@@ -53,10 +54,6 @@ def _list(kind: str) -> int:
             fields = ", ".join(f"{n}={d}" for n, d in entry.fields if "(" not in d)  # not the wrapped rule
             print(f"  {entry.name:<10} {entry.summary}" + (f"\n{'':13}{fields}" if fields else ""))
     return 0
-
-
-def _words() -> list[str]:
-    return list(_builtin()["words"])
 
 
 def defaults() -> str:
@@ -101,8 +98,8 @@ def _generate(request: Request) -> int:
         def dress(plan: Plan) -> Plan:
             return request.patches().applied(pipe, request.controls().applied(pipe, plan, hints))
 
-        whole, hires, folder = _plan(request, pipe, prompts, settings, dict(sources)), request.enlarged(), request.attention_maps
-        whole = request.filtered().applied(pipe.bundle.model, whole)
+        hires, folder = request.enlarged(), request.attention_maps
+        whole = request.filtered().applied(pipe.bundle.model, _plan(request, pipe, prompts, settings, dict(sources)))
         whole = dress(whole) if hires is None else hires.applied(pipe, whole, dress)
         return whole if folder is None else attention_maps.recorded_in(folder, pipe, whole)
 

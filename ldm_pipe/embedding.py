@@ -42,7 +42,8 @@ class Worded:
 
     def _spelled(self, prompt: str) -> str:
         for word, tokens in self.words.items():
-            prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _, t=tokens: t, prompt, flags=re.IGNORECASE)
+            plain = tokens.replace("\\", r"\\")
+            prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", plain, prompt, flags=re.IGNORECASE)
         return prompt
 
 
@@ -62,7 +63,7 @@ def taught(bundle: Bundle, word: str, rows: Sequence[Tensor], where: str) -> tup
         raise UsageError(f"{where}: the word takes 1 to 80 characters, got {word!r:.100}")
     mine = copied(bundle)
     towers = _towers(mine.text)
-    widths = [int(_table(t.encoder).weight.shape[1]) for t in towers]
+    widths = [int(table(t.encoder).weight.shape[1]) for t in towers]
     if [r.shape[1] for r in rows] != widths:
         of, wanted = (" and ".join(map(str, w)) for w in ([r.shape[1] for r in rows], widths))
         raise ModelError(f"{where}: its vectors have width {of}, the text encoder of this model takes {wanted or 'none'}")
@@ -97,7 +98,8 @@ def _towers(text: Any) -> list[ClipTower]:
     return [t for v in values for t in (v if isinstance(v, tuple) else (v,)) if isinstance(t, ClipTower)]
 
 
-def _table(encoder: nn.Module) -> Any:
+def table(encoder: nn.Module) -> Any:
+    """The module that holds the vectors of all tokens."""
     return next(m for n, m in encoder.named_modules() if n.endswith("token_embedding"))
 
 
@@ -107,12 +109,12 @@ def _teach(tower: ClipTower, names: Sequence[str], rows: Tensor, where: str) -> 
     while isinstance(inner, Worded):
         inner = inner.inner
     ids = _added(inner, names, where)
-    table = _table(tower.encoder)
-    old = table.weight.detach()
+    held = table(tower.encoder)
+    old = held.weight.detach()
     size = max(len(old), max(ids) + 1)
     new = torch.cat([old, old.new_zeros(size - len(old), old.shape[1])])
     new[ids] = rows.to(old)
-    table.weight, table.num_embeddings = nn.Parameter(new, requires_grad=False), size
+    held.weight, held.num_embeddings = nn.Parameter(new, requires_grad=False), size
     words = tower.tokenizer.words if isinstance(tower.tokenizer, Worded) else {}
     return Worded(inner, {**words, names[0]: " ".join(names)}) if len(names) > 1 else tower.tokenizer
 

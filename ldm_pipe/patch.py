@@ -146,6 +146,22 @@ def matching(network: nn.Module, names: Iterable[str]) -> list[str]:
     return list(names)
 
 
+def check_unet(network: nn.Module, what: str) -> None:
+    """Raises UsageError where a network has no way down, middle and way up, which `what` acts on."""
+    if not all(hasattr(network, name) for name in ("down_blocks", "mid_block", "up_blocks")):
+        raise UsageError(f"{what} needs a U-Net; {type(network).__name__} has no way down and up")
+
+
+def noting_size(size: list[int]) -> Change:
+    """A change of the network itself that notes the height and width of every x it is given, for those further in."""
+
+    def sized(call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        size[:] = x.shape[2:]
+        return call(x, *args, **kwargs)
+
+    return sized
+
+
 def root(model: Model) -> nn.Module:
     """The network of a model as patches name its modules. Raises UsageError where it has none."""
     network: Any = getattr(model.network, "unet", model.network)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import registry
-from ldm_pipe.behind import behind, rule_of
+from ldm_pipe.channels import rule_of, with_channels
 from ldm_pipe.codec import Codec
 from ldm_pipe.cond import Cond
 from ldm_pipe.editing.source import Source
@@ -175,7 +175,7 @@ def conditions(bundle: Bundle, part: Plan) -> dict[str, Cond]:
     """The usual branches of a run, with what of its source the network takes behind x."""
     found = bundle.conditions(part.prompts, part.negative, part.given.guidance_scale)
     size = (part.shape[1] * bundle.codec.factor, part.shape[2] * bundle.codec.factor)
-    return behind(found, bundle.inserts, bundle.codec, part.source, size)
+    return with_channels(found, bundle.inserts, bundle.codec, part.source, size)
 
 
 def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:

@@ -112,6 +112,7 @@ KINDS: dict[str, dict[str, str]] = {
         "controlnet": "ldm_pipe.control.controlnet:ControlNet",
         "deepcache": "ldm_pipe.speed.deepcache:DeepCache",
         "faster": "ldm_pipe.speed.faster:Faster",
+        "first_block": "ldm_pipe.speed.first_block:FirstBlock",
         "h_space": "ldm_pipe.analysis.h_space:HSpace",
         "hidiffusion": "ldm_pipe.resolution.hidiffusion:HiDiffusion",
         "scalecrafter": "ldm_pipe.resolution.scalecrafter:ScaleCrafter",

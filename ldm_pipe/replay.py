@@ -12,14 +12,14 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import __version__, strict
-from ldm_pipe.controls import Controls
-from ldm_pipe.edit import Edit
+from ldm_pipe.doors.controls import Controls
+from ldm_pipe.doors.edit import Edit
+from ldm_pipe.doors.hallucinations import Filter
+from ldm_pipe.doors.hires import Hires
+from ldm_pipe.doors.patches import Patches
+from ldm_pipe.doors.restoration import Inpainting, Restoration
 from ldm_pipe.errors import UsageError
-from ldm_pipe.hallucinations import Filter
-from ldm_pipe.hires import Hires
-from ldm_pipe.patches import Patches
 from ldm_pipe.recipe import FORMATS, Recipe, encode
-from ldm_pipe.restoration import Inpainting, Restoration
 from ldm_pipe.settings import Settings
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 from ldm_pipe import guide, inputs, level_file, registry, strict
-from ldm_pipe.adapters import Adapters
-from ldm_pipe.controls import Controls
-from ldm_pipe.edit import Edit
+from ldm_pipe.doors.adapters import Adapters
+from ldm_pipe.doors.controls import Controls
+from ldm_pipe.doors.edit import Edit
+from ldm_pipe.doors.hallucinations import Filter
+from ldm_pipe.doors.hires import Hires
+from ldm_pipe.doors.patches import Patches
+from ldm_pipe.doors.restoration import PLAIN, Inpainting, Restoration
 from ldm_pipe.errors import UsageError, unknown
-from ldm_pipe.hallucinations import Filter
-from ldm_pipe.hires import Hires
-from ldm_pipe.looking import Looking
-from ldm_pipe.patches import Patches
-from ldm_pipe.restoration import PLAIN, Inpainting, Restoration
+from ldm_pipe.looking.flags import Looking
 from ldm_pipe.settings import Settings, check_attention, check_device, check_dtype, check_sides
 
 SETTINGS = (

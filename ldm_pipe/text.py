@@ -128,7 +128,7 @@ class ClipText:
         """One sentence for unknown words, one for tokens beyond the window."""
         found = []
         known = self.words
-        unknown = [w for w in _words(prompt) if w not in known] if known is not None else []
+        unknown = [w for w in plain_words(prompt) if w not in known] if known is not None else []
         if unknown:
             names = ", ".join(repr(w) for w in dict.fromkeys(unknown))
             found.append(f"this model does not know {names}; --model takes a larger one, --list words shows what it knows")
@@ -146,7 +146,8 @@ def once(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     return distinct, [distinct.index(p) for p in prompts]
 
 
-def _words(prompt: str) -> list[str]:
+def plain_words(prompt: str) -> list[str]:
+    """The words of a prompt in lower case, without the signs between them: what a model with a closed list knows or not."""
     return re.findall(r"[^\W_]+", prompt.lower())
 
 

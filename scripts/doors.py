@@ -24,10 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measuring import ROOT, write
 
-from ldm_pipe import files, registry  # noqa: E402
+from ldm_pipe import registry
 
 PROMPT = "a fox on a blue background"
 GENERATE = [sys.executable, "-m", "ldm_pipe.cli"]
@@ -36,10 +35,8 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 def bad_inputs() -> dict[str, Any]:
     """The named cases and the random flags of the tests."""
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "test_bad_inputs.py")],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "test_bad_inputs.py")]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     cases = len((ROOT / "tests" / "bad_inputs.jsonl").read_text(encoding="utf-8").splitlines())
     failed = re.search(r"(\d+) failed", found.stdout)
     return {"named cases": cases, "failed": int(failed[1]) if failed else 0, "exit": found.returncode}
@@ -71,9 +68,8 @@ def replays(folder: Path) -> dict[str, str]:
         made = folder / f"{name}-{{index}}.png"
         flags = ["-p", PROMPT, "--seed", "7", "--num-images", "4", "--steps", "6", "--sampler", name, "-o", str(made)]
         subprocess.run([*GENERATE, *flags], capture_output=True, check=True)
-        found = subprocess.run(
-            [*GENERATE, "--replay", str(folder / f"{name}-3.png"), "--verify"], capture_output=True, text=True, check=False
-        )
+        replay = [*GENERATE, "--replay", str(folder / f"{name}-3.png"), "--verify"]
+        found = subprocess.run(replay, capture_output=True, text=True, check=False)
         verdicts[name] = found.stdout.strip().partition(": ")[2] or found.stderr.strip()
     return verdicts
 
@@ -149,7 +145,7 @@ def main() -> None:
         for part, measure in parts.items():
             found[part] = measure()
             print(f"{part}: {json.dumps(found[part])}", flush=True)
-    files.write(args.output / "doors.json", (json.dumps(found, indent=1) + "\n").encode(), replace=True)
+    write(args.output, "doors", found)
 
 
 if __name__ == "__main__":

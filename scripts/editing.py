@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,16 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import graded, share, write
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from ldm_pipe import Pipeline, files, image, recipe, registry
-from ldm_pipe.analysis.interval import wilson
-from ldm_pipe.edit import INVERSION, Edit
+from ldm_pipe.doors.edit import INVERSION, Edit
 from train.world import draw_scene, render
 from train.world.edits import KINDS, changed, kept
-from train.world.grader import grade, holds, read
+from train.world.grader import holds, read
 from train.world.scenes import SIZE, Scene, captions
 
 SHOWN = 4  # pictures of each kind on the sheet
@@ -94,11 +91,9 @@ def cases(pipe: Pipeline, source: str, kind: str, count: int) -> list[Case]:
 
 def measured(images: list[Image.Image], given: list[Case]) -> dict[str, float]:
     """A cell of the table: edits that are right, in percent with their interval, and how far the rest moved, of 255 levels."""
-    right = sum(grade(np.asarray(i), c.wanted) for i, c in zip(images, given, strict=True))
     gaps = [(np.asarray(i, dtype=float) - np.asarray(c.picture))[c.kept] for i, c in zip(images, given, strict=True)]
-    low, high = wilson(right, len(given))
     moved = float(np.mean([np.sqrt(np.square(g).mean()) for g in gaps if g.size]))
-    return {"right": 100 * right / len(given), "low": 100 * low, "high": 100 * high, "moved": moved, "pictures": len(given)}
+    return {**share(graded(images, [c.wanted for c in given]), len(given)), "moved": moved}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -124,7 +119,6 @@ def main() -> None:
     parser.add_argument("--only", help="a row, such as null_text; the others and the sheet stay as they are")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     pipe, path, strips, begun = Pipeline.from_pretrained(), args.output / "editing.json", list[list[Image.Image]](), time.time()
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for source, kind in ((s, k) for s in ("generated", "real") for k in KINDS):
@@ -136,8 +130,7 @@ def main() -> None:
                 cell[name], strip = measured(images, given), [[*s, i] for s, i in zip(strip, images, strict=False)]
                 print(f"{source} {kind}, {name}: {entry(cell[name])} ({time.time() - started:.1f} s)", flush=True)
         strips += strip
-        files.write(path, (json.dumps(found, indent=1) + "\n").encode(), replace=True)
-        files.write(args.output / "editing.md", table(found).encode(), replace=True)
+        write(args.output, "editing", found, table(found))
     if args.only is None:
         wide, blank = max(len(s) for s in strips), Image.new("RGB", (SIZE, SIZE), "white")
         sheet = image.grid([i for s in strips for i in (*s, *[blank] * (wide - len(s)))], wide)

@@ -1,25 +1,22 @@
 """Measure the built-in model: accuracy by the grader with 95% intervals, codec, guidance plot, a sheet of samples.
 
-    python scripts/evaluate.py                      # everything, into docs/results/ (about 20 minutes on 2 cores)
-    python scripts/evaluate.py --prompts 50 --only accuracy
+python scripts/evaluate.py                      # everything, into docs/results/ (about 20 minutes on 2 cores)
+python scripts/evaluate.py --prompts 50 --only accuracy
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import graded, pyplot, scenes, share, write
 
 from ldm_pipe import Pipeline, files, image, recipe
-from ldm_pipe.analysis.interval import wilson
 from train.world import draw_scene, render
 from train.world.grader import grade
 from train.world.nearest import resembles
@@ -37,18 +34,6 @@ CATEGORIES = {
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
-def share(right: int, tried: int) -> dict[str, float]:
-    """A row of the results, in percent, with its 95% interval."""
-    low, high = wilson(right, tried)
-    return {"right": 100 * right / tried, "low": 100 * low, "high": 100 * high, "prompts": tried}
-
-
-def scenes(kind: str, split: str, count: int, seed: int) -> list[Scene]:
-    """Fresh scenes: their random stream is not the training's."""
-    rng = np.random.default_rng([seed, count])
-    return [draw_scene(rng, kind, split) for _ in range(count)]
-
-
 def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> dict[str, float]:
     """How many images say what their prompts say, by the grader and by the nearest sprites. Image i has seed i."""
     seeds = tuple(range(len(wanted)))
@@ -56,7 +41,7 @@ def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> d
     for first in range(0, len(wanted), 50):
         part = wanted[first : first + 50]
         out = pipe([captions(s)[0] for s in part], seeds=seeds[first : first + 50], batch_size=50, **settings)
-        right += sum(grade(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
+        right += graded(out.images, part)
         near += sum(resembles(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
     return {**share(right, len(wanted)), "nearest": 100 * near / len(wanted)}
 
@@ -73,8 +58,7 @@ def codec(pipe: Pipeline, count: int) -> dict[str, Any]:
         pictures = [np.asarray(i) for i in image.to_pil(y)]
         error = np.square(renders.astype(float) - np.stack(pictures)).mean((1, 2, 3))
         psnr += list(10 * np.log10(255**2 / error))
-        plain += sum(grade(r, s) for r, s in zip(renders, wanted, strict=True))
-        back += sum(grade(p, s) for p, s in zip(pictures, wanted, strict=True))
+        plain, back = plain + graded(renders, wanted), back + graded(pictures, wanted)
     return {
         "psnr": float(np.mean(psnr)),
         "psnr_deviation": float(np.std(psnr)),
@@ -90,12 +74,7 @@ def guidance(pipe: Pipeline, count: int, settings: dict[str, Any], folder: Path)
         wanted = scenes(*CATEGORIES[name], count, 55)
         rows[name] = {s: accuracy(pipe, wanted, {**settings, "guidance_scale": s}) for s in SCALES}
         print(name, {s: round(r["right"], 1) for s, r in rows[name].items()}, flush=True)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(5, 3), layout="constrained")
     for name, row in rows.items():
         middle, low, high = (np.array([r[k] for r in row.values()]) for k in ("right", "low", "high"))
         axes.errorbar(SCALES, middle, yerr=[middle - low, high - middle], marker="o", capsize=3, label=name)
@@ -125,7 +104,6 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="steps=25, guidance_scale=3.0, sampler=euler")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     values = dict(item.split("=") for item in args.set)
     kinds: dict[str, Any] = {"steps": int, "guidance_scale": float}
     settings = {k: kinds.get(k, str)(v) for k, v in values.items()}
@@ -146,7 +124,7 @@ def main() -> None:
         found["guidance"] = guidance(pipe, max(20, args.prompts // 5), settings, args.output)
     if args.only in (None, "sheet"):
         sheet(pipe, args.output)
-    files.write(path, (json.dumps(found, indent=1) + "\n").encode(), replace=True)
+    write(args.output, path.stem, found)
     print(f"written to {args.output} after {time.perf_counter() - started:.0f} s")
 
 

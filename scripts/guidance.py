@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import graded, share, write
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from ldm_pipe import Pipeline, files
-from ldm_pipe.analysis.interval import wilson
+from ldm_pipe import Pipeline
 from ldm_pipe.guidance.autoguidance import Autoguidance
 from ldm_pipe.guidance.linear_ag import LinearAG, Recording, solve
 from ldm_pipe.guidance.noise_damped import NoiseDamped
 from ldm_pipe.model import Model
 from ldm_pipe.perturb import self_attentions
 from train.world import draw_scene
-from train.world.grader import grade
 from train.world.scenes import Scene, captions
 
 KINDS = (("one", "train"), ("two", "train"), ("count", "train"), ("two", "pair"))
@@ -110,10 +105,9 @@ def measure(pipe: Pipeline, scenes: list[Scene], given: dict[str, Any]) -> dict[
         out = pipe([captions(s)[0] for s in part], seeds=tuple(range(first, first + len(part))), batch_size=BATCH, **given)
         seconds += time.process_time() - start
         evaluations += sum(out.evaluations.values())
-        right += sum(grade(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
-    (low, high), count = wilson(right, len(scenes)), len(scenes)
-    row = {"right": 100 * right / count, "low": 100 * low, "high": 100 * high, "prompts": count, "guide": given.get("guide")}
-    return {**row, "evaluations": evaluations / count, "seconds": seconds}
+        right += graded(out.images, part)
+    row = {**share(right, len(scenes)), "guide": given.get("guide")}
+    return {**row, "evaluations": evaluations / len(scenes), "seconds": seconds}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -140,8 +134,7 @@ def main() -> None:
     for name in args.only:
         rows[name] = measure(pipe, scenes, settings(pipe, name, float(usual.guidance_scale or 1.0), args.prompts))
         print(name, rows[name], flush=True)
-        files.write(args.output / "guidance_rules.json", (json.dumps(rows, indent=1) + "\n").encode(), replace=True)
-        files.write(args.output / "guidance_rules.md", (note + "\n" + table(rows)).encode(), replace=True)
+        write(args.output, "guidance_rules", rows, note + "\n" + table(rows))
 
 
 if __name__ == "__main__":

@@ -11,22 +11,17 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import pyplot, write
+from sampler_rows import BUDGETS, measure, within
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from ldm_pipe import VP, Flow, Gaussian, Level, build, files, levels, registry
-from ldm_pipe.analysis import cost, distance, reference_problem
+from ldm_pipe import Level, build, files, levels, registry
 from ldm_pipe.walk import Sampler
 
-BUDGETS = (5, 10, 20, 50)
 REFERENCE = 500
 PROMPTS = ("a fox on a blue background", "two red apples on a white background", "a bee above a yellow boat", "a green book")
 SHOWN = ("ddim", "ddpm", "deis", "dpm2m", "dpm2m_sde", "dpm3m", "edm_churn", "heun", "lms", "ode", "sa_solver", "unipc")
@@ -49,46 +44,6 @@ propagation of mean and covariance (`python scripts/samplers.py`).
 
 ![W2 against evaluations](samplers.png)
 """
-
-
-def prior() -> Gaussian:
-    """The reference problem's covariance, with a mean."""
-    covariance = reference_problem("pool2", 0.0).covariance
-    return Gaussian(torch.arange(len(covariance), dtype=torch.float64).sin(), covariance)
-
-
-def order(x0: Gaussian, sampler: Sampler) -> float | None:
-    """The power of the step by which that distance falls. The first step shrinks as a square: a low order there is hidden."""
-    if not sampler.calls or getattr(sampler, "corrections", 0):
-        return None  # steps of its own, or known from draws only
-
-    def walk(count: int) -> list[Level]:
-        return [Flow().level(1000 * (1 - 0.9 * (i / count) ** 2)) for i in range(count + 1)]
-
-    coarse, fine = (distance(x0, sampler, walk(n)) for n in (40, 80))
-    return round(math.log2(coarse / fine), 2)
-
-
-def within(name: str, budget: int, path: Any) -> tuple[Sampler, list[Level]] | None:
-    """The sampler and the most levels (or the finest tolerance) that `budget` evaluations allow; None where none do."""
-    sampler = build("sampler", name)
-    if sampler.calls:
-        tries = [(sampler, levels.trailing(path, steps)) for steps in range(max(1, budget // 3), budget + 1)]
-    else:
-        tries = [(build("sampler", name, tolerance=10 ** (-k / 4)), levels.trailing(path, 1)) for k in range(1, 33)]
-    fit = [pair for pair in tries if cost(prior(), *pair).evaluations <= budget]
-    return fit[-1] if fit else None
-
-
-def measure(name: str) -> dict[str, Any]:
-    """One row of the table."""
-    sampler, x0 = build("sampler", name), prior()
-    row: dict[str, Any] = {"calls": sampler.calls or None, "order": order(x0, sampler), "w2": {}}
-    row["draws"] = cost(x0, sampler, levels.trailing(VP.linear(), 30)).draws
-    for budget in BUDGETS:
-        found = within(name, budget, VP.linear())
-        row["w2"][budget] = float(f"{distance(x0, *found):.3g}") if found else None
-    return row
 
 
 def on_a_model(rows: dict[str, dict[str, Any]], source: str) -> None:
@@ -129,13 +84,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: dict[str, dict[str, Any]]) -> bytes | None:
-    """W2 against evaluations as a PNG; None without matplotlib."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return None
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+def plot(rows: dict[str, dict[str, Any]]) -> bytes:
+    """W2 against evaluations as a PNG."""
+    figure, axes = pyplot().subplots(figsize=(8, 5.5), layout="constrained")
     for k, name in enumerate(n for n in SHOWN if n in rows):
         points = [(b, w) for b, w in rows[name]["w2"].items() if w is not None]
         axes.loglog(*zip(*points, strict=True), marker="o", markersize=4, linestyle=("-", "--", ":")[k // 10 % 3], label=name)
@@ -159,11 +110,8 @@ def main() -> None:
         print(name, rows[name], flush=True)
     if args.model:
         on_a_model(rows, args.model)
-    picture = plot(rows)
-    if picture:
-        files.write(args.output / "samplers.png", picture, replace=True)
-    files.write(args.output / "samplers.json", (json.dumps(rows, indent=1) + "\n").encode(), replace=True)
-    files.write(args.output / "samplers.md", (NOTE + "\n" + table(rows)).encode(), replace=True)
+    files.write(args.output / "samplers.png", plot(rows), replace=True)
+    write(args.output, "samplers", rows, NOTE + "\n" + table(rows))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ CORE = ("level", "path", "prediction", "cond", "model", "noise", "walk", "levels
 METHOD = 5
 RANKS = {
     "errors": 0, "backends": 2, "level": 1, "level_file": 1, "strict": 1, "settings": 1, "image": 1, "files": 1, "prediction": 2, "path": 2, "noise": 2,
-    "cond": 2, "levels": 2, "registry": 2, "expansion": 2, "runge_kutta": 2, "model": 3, "attention": 3, "samplewise": 1, "reuse": 3, "ahead": 3, "walk": 4, "blocks": 4, "patch": 4, "perturb": 4, "prepare": 4, "families": 2, "hub": 2, "tokens": 2,
-    "weights": 3, "codec": 3, "text": 3, "parts": 4, "restore.spectrum": 3, "restore.operator": 4, "loading": 6, "behind": 6, "memory": 6, "plan": 7, "pipeline": 8,
-    "edit": 9, "restoration": 9, "patches": 9, "controls": 9, "hires": 9, "hallucinations": 9, "attention_maps": 9, "lora_names": 6, "lora_delta": 1, "lora": 7, "embedding": 8, "adapters": 9, "replay": 10, "looking": 9, "analysis.efficiency": 6, "record": 8, "preview": 8, "sweep": 9, "doctor": 9, "watch": 10, "request": 10, "batch": 10, "compare": 11, "check": 11, "commands": 12, "cli": 13, "__main__": 14,
+    "cond": 2, "levels": 2, "registry": 2, "expansion": 2, "runge_kutta": 2, "model": 3, "attention": 3, "samplewise": 1, "reuse": 3, "ahead": 3, "walk": 4, "blocks": 4, "patch": 4, "perturb": 4, "prepare": 4, "families": 2, "hub": 2, "inputs": 3, "tokens": 2,
+    "weights": 3, "codec": 3, "text": 3, "parts": 4, "restore.spectrum": 3, "restore.operator": 4, "loading": 6, "channels": 6, "memory": 6, "plan": 7, "pipeline": 8,
+    "doors.edit": 9, "doors.restoration": 9, "doors.patches": 9, "doors.controls": 9, "doors.hires": 9, "doors.hallucinations": 9, "looking.attention_maps": 9, "lora_names": 6, "lora_delta": 1, "lora": 7, "embedding": 8, "doors.adapters": 9, "replay": 10, "looking.flags": 9, "analysis.efficiency": 6, "looking.record": 8, "looking.preview": 8, "looking.sweep": 9, "looking.doctor": 9, "looking.watch": 10, "request": 10, "batch": 10, "looking.compare": 11, "check": 11, "commands": 12, "cli": 13, "__main__": 14,
 }  # fmt: skip
 # What others of the package wrap or are made of.
 SIBLINGS = {

@@ -53,13 +53,15 @@ def test_its_digests_are_checked_and_kept(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("sampler", sorted(registry.KINDS["sampler"]))
 def test_every_sampler_draws_on_the_ground_that_is_asked(pipe: Pipeline, sampler: str) -> None:
-    assert near(pipe, scenes("one", 12), sampler=sampler, steps=20) >= 0.9
+    steps = 20 if build("sampler", sampler).calls else 3  # an adaptive one takes the evaluations that it needs
+    assert near(pipe, scenes("one", 6), sampler=sampler, steps=steps) == 1
 
 
 @pytest.mark.parametrize("spacing", sorted(registry.KINDS["spacing"]))
 def test_every_spacing_draws_on_the_ground_that_is_asked(pipe: Pipeline, spacing: str) -> None:
-    options = {"sigma_min": 0.02, "sigma_max": 50.0} if spacing == "karras" else {}
-    assert near(pipe, scenes("one", 8), spacing=spacing, spacing_set=options, steps=20) >= 0.8
+    ends = dict.fromkeys(("karras", "exponential", "lambda"), {"sigma_min": 0.02, "sigma_max": 50.0})
+    options = ends | {"file": {"values": tuple(k / 20 for k in range(20, 0, -1)), "unit": "u"}}
+    assert near(pipe, scenes("one", 8), spacing=spacing, spacing_set=options.get(spacing, {}), steps=20) >= 0.8
 
 
 @pytest.mark.parametrize("guide", ["cfg(2)", "cfg(3) | rescale(0.5)", "cfg(4) | between(0.1, 0.95)"])
@@ -69,7 +71,7 @@ def test_every_rule_draws_on_the_ground_that_is_asked(pipe: Pipeline, guide: str
 
 def test_guidance_matters(pipe: Pipeline) -> None:
     """At scale 0 the prompt is not heard."""
-    wanted = scenes("one", 24)
+    wanted = scenes("one", 12)
     assert near(pipe, wanted, guidance_scale=3.0) > near(pipe, wanted, guidance_scale=0.0) + 0.5
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,12 +18,8 @@ from ldm_pipe.plan import Plan
 from ldm_pipe.walk import Wrapping
 
 RUNS, SEED = 48, 4
-_spec = importlib.util.spec_from_file_location("composition", Path(__file__).parent.parent / "scripts" / "composition.py")
-assert _spec is not None
-assert _spec.loader is not None
-drawing: Any = importlib.util.module_from_spec(_spec)
-sys.modules["composition"] = drawing
-_spec.loader.exec_module(drawing)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+drawing: Any = importlib.import_module("drawn_runs")
 DRAWN = drawing.draws(RUNS, SEED)
 Drawn, attempt, guide = drawing.Drawn, drawing.attempt, drawing.guide
 # Settings under which a method is to change no bit. A rule's is compared with guidance 1, the others' with none of them.
@@ -68,7 +64,8 @@ def test_a_run_composes_or_is_refused_in_one_sentence(pipe: Pipeline, run: Any) 
     assert sum(found.reported.values()) == found.images > 0
     rule, sampler, steps = found.plan.rule, found.plan.sampler, falls(found.plan)
     if not stateful(rule):
-        assert found.images == 2 * sum(len(rule.needs(level)) for level in found.asked)
+        together = min(2, found.plan.given.batch_size)
+        assert found.images == together * sum(len(rule.needs(level)) for level in found.asked)
     if sampler.calls and steps == len(found.plan.levels) - 1:
         assert len(found.asked) == sampler.calls * steps - (sampler.calls - 1)
     elif not sampler.calls or sampler.travels:
@@ -118,7 +115,8 @@ def test_neutral_edits_change_no_bit_of_guided_sampling(pipe: Pipeline, method: 
     k = sorted(NEUTRAL_EDITINGS).index(method)
     sampler, rule = DRAWN[k + 20].sampler, sorted(NEUTRAL_RULES)[-k]
     found = attempt(pipe, Drawn(sampler, rule, "editing", method), fields=NEUTRAL_EDITINGS[method])
-    plain = attempt(pipe, Drawn(sampler, rule))
+    plan = drawing.planned(pipe, Drawn(sampler, rule))
+    plain = drawing.done(pipe, drawing.replace(plan, given=found.plan.given))  # in one batch too
     assert torch.equal(found.latents, plain.latents)
     assert found.reported == plain.reported
 

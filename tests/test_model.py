@@ -30,6 +30,7 @@ from ldm_pipe import (
     UsageError,
     guided,
 )
+from ldm_pipe.analysis import ExactNetwork
 
 SPAN = torch.arange(12, dtype=torch.float64)
 PRIOR = Gaussian(torch.cos(SPAN), 0.25 * 0.8 ** (SPAN[:, None] - SPAN).abs())
@@ -61,7 +62,7 @@ def cond(*values: float) -> Cond:
 def test_a_model_around_the_gaussians_network_is_the_gaussian(name: str, prediction: Any, factor: float) -> None:
     """On every path, whatever it predicts, and for an x that lies on the network's own path or off it."""
     path, times = PATHS[name]
-    denoise = Model(PRIOR.network(path, prediction), path, prediction).bind(Cond())
+    denoise = Model(ExactNetwork((PRIOR,), path, prediction), path, prediction).bind(Cond())
     for time in times:
         level = path.level(time)
         level = Level(factor * level.alpha, factor * level.sigma)
@@ -75,7 +76,7 @@ def test_a_model_around_the_gaussians_network_is_the_gaussian(name: str, predict
 @pytest.mark.parametrize("path", [VP.linear().zero_terminal(), Flow()])
 @pytest.mark.parametrize("prediction", [p for p in PREDICTIONS.values() if p is not EPS])
 def test_a_model_can_be_asked_about_pure_noise(path: Any, prediction: Any) -> None:
-    found = Model(PRIOR.network(path, prediction), path, prediction).bind(Cond())(X, Level(0.0, 1.0))
+    found = Model(ExactNetwork((PRIOR,), path, prediction), path, prediction).bind(Cond())(X, Level(0.0, 1.0))
     assert torch.allclose(found.x0, PRIOR.mean.reshape(3, 2, 2).expand_as(X))
     assert torch.allclose(found.noise, X)
 

@@ -42,12 +42,12 @@ def write_part(source: Path, folder: Path, part: str, module: Any, renamed: Call
 
 def add_words(folder: Path, captions: Sequence[str]) -> None:
     """Where a model lists the words it knows, add those that it was now taught."""
-    from ldm_pipe.text import _words
+    from ldm_pipe.text import plain_words
 
     path = folder / "ldm_pipe.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if settings.get("words"):
-        settings["words"] = sorted({*settings["words"], *(w for c in captions for w in _words(c))})
+        settings["words"] = sorted({*settings["words"], *(w for c in captions for w in plain_words(c))})
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

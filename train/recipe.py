@@ -20,6 +20,12 @@ TASKS = {
     "latent": "train.tasks.latent:Latent",
     "finetune": "train.tasks.finetune:Finetune",
     "scratch": "train.tasks.scratch:Scratch",
+    "lora": "train.tasks.lora:Lora",
+    "textual_inversion": "train.tasks.textual_inversion:TextualInversion",
+    "dreambooth": "train.tasks.dreambooth:Dreambooth",
+    "custom_diffusion": "train.tasks.custom_diffusion:CustomDiffusion",
+    "controlnet": "train.tasks.controlnet:ControlNet",
+    "concat": "train.tasks.concat:Concat",
 }
 
 

@@ -1,7 +1,7 @@
 """Denoising Diffusion Autoencoders are Unified Self-supervised Learners, Xiang et al. 2023, arXiv 2303.09769, section 3.
 
-What a network makes of a noised picture in its inner layers, averaged over the image, is a vector that a linear head reads. The
-head is ridge regression to the classes, its weight decay by generalised cross-validation (Golub, Heath and Wahba 1979, eq. 1.4).
+What a network makes of a noised picture in its inner layers, averaged over the image, is a vector that a linear head reads.
+The head is ridge regression to the classes, its weight decay by generalised cross-validation (Golub, Heath and Wahba 1979).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def features(
 
 @dataclass(frozen=True, eq=False)
 class LinearHead:
-    """x [N,D] -> scores [N,K]. mean, scale: [D] of the features it was fitted to; weight: [D,K]; bias: [K]; decay: as chosen."""
+    """x [N,D] -> scores [N,K]. mean, scale: [D] of the features it was fitted to; weight: [D,K]; bias: [K]; decay: chosen."""
 
     mean: Tensor
     scale: Tensor

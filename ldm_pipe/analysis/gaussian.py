@@ -2,8 +2,8 @@
 
 x0 = mean + J (x - alpha mean) with J = alpha C (alpha^2 C + sigma^2 I)^-1 (the conditional mean of jointly Gaussian vectors:
 Pattern Recognition and Machine Learning, Bishop 2006, eq. 2.113-2.117). Everything is computed in the eigenbasis of C, where
-J is diagonal, so any covariance will do, singular ones too. Works in float64 on every path and, through `network`, for every
-prediction.
+J is diagonal, so any covariance will do, singular ones too. Works in float64 on every path and, through
+`ExactNetwork`, for every prediction.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_pipe.cond import Cond
 from ldm_pipe.errors import UsageError
-from ldm_pipe.level import CLEAN, Level, Path, Scalar
-from ldm_pipe.model import Estimate, Network
-from ldm_pipe.prediction import Prediction
+from ldm_pipe.level import CLEAN, Level, Scalar
+from ldm_pipe.model import Estimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,18 +105,6 @@ class Gaussian:
         """Independent draws of x0, [count,D]; the same on every machine."""
         z = np.random.Generator(np.random.Philox(key=seed)).standard_normal((count, len(self.mean)))
         return self.mean + (torch.from_numpy(z) * self._values.sqrt()) @ self._vectors.T
-
-    def network(self, path: Path, prediction: Prediction) -> Network:
-        """A raw network on `path` that predicts as `prediction` does: Model(it, path, prediction) is this denoiser again."""
-        scaled = Gaussian(self.mean / path.data_std, self.covariance / path.data_std**2)
-
-        def output(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-            rows = [path.rescale(path.level(t))[1] for t in time.tolist()]
-            own = Level(*torch.tensor(rows, dtype=torch.float64).T.reshape(2, -1, *[1] * (x.ndim - 1)))
-            estimate = scaled(x, own)
-            return prediction.target(estimate.x0, estimate.noise, own).to(x)
-
-        return output
 
     def flow(self, x: Tensor, here: Level, there: Level) -> Tensor:
         """The exact probability-flow map from `here` to `there`, [B,...] (what a perfect ODE solver returns).

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError, check_interval
 from ldm_pipe.level import inside
-from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.patch import Change, Patch, Run, matching
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +25,14 @@ class HSpace(Patch):
     """Add scale * direction to the middle features.
 
     direction: [C,h,w], or [steps,C,h,w], one for each step. It acts while the noise u is in lo <= u < hi (hi = 1 includes
-    u = 1), on every branch alike, as guidance asks for.
+    u = 1), on every branch alike, as guidance asks for. layer: another one that gives [B,C,h,w], where the middle says little.
     """
 
     direction: Tensor
     scale: float = 1.0
     lo: float = 0.0
     hi: float = 1.0
+    layer: str = "mid_block"
     neutral: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
 
     def __post_init__(self) -> None:
@@ -39,8 +40,7 @@ class HSpace(Patch):
 
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """A change around the middle."""
-        if not hasattr(network, "mid_block"):
-            raise UsageError(f"h_space needs a U-Net; {type(network).__name__} has no middle")
+        matching(network, [self.layer])
         if self.direction.ndim == 4 and len(self.direction) != run.steps:
             raise UsageError(f"h_space: the direction is for {len(self.direction)} steps, the walk has {run.steps}")
 
@@ -54,15 +54,16 @@ class HSpace(Patch):
                 raise UsageError(f"h_space: the direction is {tuple(direction.shape)}, the middle {tuple(h.shape[1:])}")
             return h + self.scale * direction.to(h)
 
-        return {"mid_block": moved}
+        return {self.layer: moved}
 
 
 @dataclass(frozen=True, eq=False)
 class Watching(Patch):
-    """Keep the middle features of one branch: `kept` grows by a tensor [B,C,h,w] with every evaluation."""
+    """Keep the features of one branch, of the middle or another layer: `kept` grows by a [B,C,h,w] with every evaluation."""
 
     kept: list[Tensor]
     branch: str = "cond"
+    layer: str = "mid_block"
 
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """A change around the middle."""
@@ -74,7 +75,7 @@ class Watching(Patch):
                 self.kept.append(h[rows].detach().clone())
             return h
 
-        return {"mid_block": watched}
+        return {self.layer: watched}
 
 
 def principal(h: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -28,11 +28,11 @@ class ExactNetwork:
     prediction: Prediction
 
     def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        """x: [B,...] on the path at time: [B]. Raises UsageError for a label without a denoiser."""
+        """x: [B,...] on the path at time: [B] or [1]. Raises UsageError for a label without a denoiser."""
         labels = cond.extras.get("label", torch.zeros(len(x))).to(x.device)
         if bool(((labels < 0) | (labels >= len(self.denoisers))).any()):
             raise UsageError(f"labels are 0 to {len(self.denoisers) - 1}, got {labels.tolist()}")
-        out = torch.empty_like(x)
+        out, time = torch.empty_like(x), time.expand(len(x))
         for label in sorted(set(labels.tolist())):
             rows = labels == label
             out[rows] = self._output(self.denoisers[int(label)], x[rows], time[rows])

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
-from ldm_pipe.errors import UsageError, check_interval
+from ldm_pipe.errors import check_interval
 from ldm_pipe.level import inside
-from ldm_pipe.patch import Change, Patch, Run, changed
+from ldm_pipe.patch import Change, Patch, Run, changed, check_unet
 from ldm_pipe.reuse import Reuse
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
@@ -46,8 +46,7 @@ class ControlNet(Patch):
 
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """A change around the network, which is given the residuals."""
-        if not hasattr(network, "mid_block"):
-            raise UsageError(f"controlnet needs a U-Net; {type(network).__name__} has no middle")
+        check_unet(network, "controlnet")
         keep = Reuse(run.index, tuple(range(run.steps)) if self.keys is None else self.keys).changes(["control"])["control"]
         picture: list[Tensor] = []
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError, check_interval
 from ldm_pipe.level import inside
-from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.patch import Change, Patch, Run, check_unet
 
 NAME = "down_intrablock_additional_residuals"
 
@@ -45,9 +45,8 @@ class T2IAdapter(Patch):
 
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """A change around the network, which is given the features."""
+        check_unet(network, "t2i_adapter")
         stages = len(getattr(network, "down_blocks", ()))
-        if not stages:
-            raise UsageError(f"t2i_adapter needs a U-Net; {type(network).__name__} has no way down")
         if len(self.features) > stages + 1:
             raise UsageError(f"t2i_adapter: the adapter has {len(self.features)} sizes, the network's way down {stages} stages")
 

@@ -8,7 +8,6 @@ that was trained on noisy images, it sees the decoded x0(x).
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from ldm_pipe import tokens
 from ldm_pipe.codec import Codec
-from ldm_pipe.errors import ModelError
+from ldm_pipe.errors import LdmError, ModelError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate
-from ldm_pipe.parts import quiet
+from ldm_pipe.parts import foreign, read_json
 from ldm_pipe.restore.operator import shifted, through
 
 BUILTIN = Path(__file__).resolve().parent.parent / "builtin"
@@ -48,7 +47,8 @@ class Scorer:
             return F.normalize(self.network.text_projection(pooled), dim=-1)
 
     def look(self, images: Tensor) -> Tensor:
-        """Unit vectors of images [B,3,H,W] in -1..1, [B,D]; the gradient goes through."""
+        """Unit vectors of images [B,3,H,W] in -1..1, [B,D]; the gradient goes through, also from another device."""
+        images = images.to(self.network.device)
         side, kind = int(self.network.config.vision_config.image_size), self.network.dtype
         if images.shape[2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
@@ -92,7 +92,7 @@ class Toward:
     def similarity(self, x0: Tensor) -> Tensor:
         """The cosines of decoded images with their texts, [B]."""
         seen = self.scorer.look(self.codec.decode(x0))
-        return (seen * self.wanted.to(seen)).sum(1).to(x0.dtype)
+        return (seen * self.wanted.to(seen)).sum(1).to(x0)
 
     def __call__(self, denoise: Denoiser) -> Denoiser:
         """The denoiser under the moved score; itself at scale 0."""
@@ -111,18 +111,19 @@ class Toward:
 @functools.lru_cache(maxsize=1)
 def read(folder: str = "") -> Scorer:
     """The CLIP of a folder, in fp32 on the CPU; "" is the one that the built-in model was trained beside. Raises ModelError."""
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     place = Path(folder) if folder else BUILTIN / "clip"
     try:
-        with quiet():
-            network = CLIPModel.from_pretrained(place, local_files_only=True, use_safetensors=True)
-        network = network.eval().requires_grad_(False)
+        network = foreign(place, "transformers", "CLIPModel")
         words = BUILTIN / "tokenizer" if not folder else place
         found = tokens.read(words, network.config.text_config.vocab_size)
         tokenizer = found or tokens.FromTransformers(CLIPTokenizer.from_pretrained(words, local_files_only=True))
         config = place / "preprocessor_config.json"
-        given = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        return Scorer(network, tokenizer, tuple(given.get("image_mean", HALF)), tuple(given.get("image_std", HALF)))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"clip: {folder or 'the built-in CLIP'} cannot be read as a CLIP in transformers' layout") from error
+        given = read_json(config) if config.exists() else {}
+        mean, std = (tuple(float(v) for v in given.get(f"image_{name}", HALF)) for name in ("mean", "std"))
+        return Scorer(network, tokenizer, mean, std)
+    except (LdmError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        why = f": {error}" if isinstance(error, LdmError) else ""
+        what = folder or "the built-in CLIP"
+        raise ModelError(f"clip: {what} cannot be read as a CLIP in transformers' layout{why}") from error

@@ -12,12 +12,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm_pipe import files, strict
+from ldm_pipe import files, inputs, strict
 from ldm_pipe.errors import UsageError
 from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.level import Level
@@ -50,9 +49,10 @@ class Fit:
     @classmethod
     def read(cls, path: str) -> Fit:
         """From a JSON file. Raises UsageError where it is not of the form."""
+        text = inputs.text(path, "linear_ag:")
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"linear_ag: {path!r} cannot be read as JSON: {type(error).__name__}") from error
         if not isinstance(found, dict):
             raise UsageError(f"linear_ag: {path!r} does not hold an object")

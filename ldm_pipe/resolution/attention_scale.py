@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ldm_pipe.errors import UsageError
-from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.patch import Change, Patch, Run, noting_size
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,12 @@ class AttentionScale(Patch):
         trained = self.size or getattr(getattr(network, "config", None), "sample_size", None)
         if not isinstance(trained, int):
             raise UsageError("attention_scale: this model does not say its size; give it, as attention_scale(64)")
-        area: list[int] = []
-
-        def sized(call: Callable[..., Any], x: Tensor, *args: Any, **given: Any) -> Any:
-            area[:] = [x.shape[2] * x.shape[3]]
-            return call(x, *args, **given)
+        size: list[int] = []
 
         def scaled(call: Callable[..., Any], x: Tensor) -> Tensor:
-            now, then = x.shape[1], trained**2 * x.shape[1] / area[0]
+            now, then = x.shape[1], trained**2 * x.shape[1] / (size[0] * size[1])
             if now == then or now < 2 or then < 2 or self.strength == 0:
                 return call(x)
             return call(x) * (math.log(now) / math.log(then)) ** (self.strength / 2)
 
-        return dict.fromkeys(names, scaled) | {"": sized}
+        return dict.fromkeys(names, scaled) | {"": noting_size(size)}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError
-from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.patch import Change, Patch, Run, check_unet, noting_size
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class HiDiffusion(Patch):
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """Changes around the first halving, the doubling that answers it, and the outermost self-attentions."""
         net: Any = network
-        if not (hasattr(net, "down_blocks") and hasattr(net, "up_blocks")):
-            raise UsageError(f"hidiffusion needs a U-Net; {type(network).__name__} has no way down and up")
+        check_unet(net, "hidiffusion")
         last, up = round(self.share * run.steps), len(net.up_blocks) - 2
         down, again = "down_blocks.0.downsamplers.0.conv", f"up_blocks.{up}.upsamplers.0"
         if {down, again} - dict(network.named_modules()).keys():
@@ -64,15 +63,11 @@ class HiDiffusion(Patch):
     def _windowed(self, network: Any, run: Run) -> dict[str, Change]:
         outer = ("down_blocks.0.", f"up_blocks.{len(network.up_blocks) - 1}.")
         names = [n for n, _ in network.named_modules() if n.startswith(outer) and n.endswith("attn1")]
-        size: list[tuple[int, int]] = []
-
-        def sized(call: Callable[..., Any], x: Tensor, *args: Any, **given: Any) -> Any:
-            size[:] = [(int(x.shape[2]), int(x.shape[3]))]
-            return call(x, *args, **given)
+        size: list[int] = []
 
         def windowed(place: int) -> Change:
             def change(call: Callable[..., Any], x: Tensor, *args: Any, **given: Any) -> Any:
-                height, width = size[0]
+                height, width = size
                 if height % 2 or width % 2 or x.shape[1] != height * width:
                     return call(x, *args, **given)
                 key = run.index(ROWS.get().level) * len(names) + place
@@ -82,7 +77,7 @@ class HiDiffusion(Patch):
 
             return change
 
-        return {"": sized} | {name: windowed(k) for k, name in enumerate(names)}
+        return {"": noting_size(size)} | {name: windowed(k) for k, name in enumerate(names)}
 
 
 def windows(x: Tensor, height: int, width: int, quarter: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError
-from ldm_pipe.patch import Change, Patch, Run, matching
+from ldm_pipe.patch import Change, Patch, Run, check_unet, matching
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ def redilated(x: Tensor, conv: nn.Conv2d, dilation: float) -> Tensor:
 
 
 def _inner(network: Any) -> list[str]:
-    if not (hasattr(network, "down_blocks") and hasattr(network, "up_blocks")):
-        raise UsageError(f"scalecrafter needs a U-Net, or the names of layers; {type(network).__name__} has no way down and up")
+    check_unet(network, "scalecrafter without names of layers")
     down = [f"down_blocks.{i}" for i in range(1, len(network.down_blocks))]
     return [*down, "mid_block", *(f"up_blocks.{i}" for i in range(len(network.up_blocks) - 1))]

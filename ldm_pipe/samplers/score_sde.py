@@ -5,8 +5,8 @@ The SDE is a choice of coordinates: any level is carried to the alpha and sigma 
 and the step is discretised there, with r = alpha_t / alpha_s, b = sigma_t^2 - r^2 sigma_s^2 and the score -noise / sigma_t:
 
     reverse diffusion   x_s = (2 - r) x + b score + sqrt(b) z   (the forward transition turned around, eq. 46)
-    ancestral           the posterior's mean (x + b score) / r, with variance b (VP, eq. 4) or b sigma_s^2 / sigma_t^2 (VE, eq. 47)
-    Euler-Maruyama      the reverse SDE over its own clock: the integral of beta (VP, sub-VP), or sigma^2 (VE: reverse diffusion)
+    ancestral           the posterior's mean (x + b score) / r, variance b (VP, eq. 4) or b sigma_s^2 / sigma_t^2 (VE, eq. 47)
+    Euler-Maruyama      the reverse SDE over its own clock: the integral of beta (VP, sub-VP); VE: reverse diffusion
     Langevin            x + e score + sqrt(2 e) z,  e = 2 a (snr |z| / |score|)^2,  a = r^2 of the step (VP), 1 (VE)
 
 Of what the official code does two things are otherwise here: norms are those of each image and not a batch's mean, so that an

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ldm_pipe.errors import UsageError
-from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.patch import Change, Patch, Run, check_unet
 from ldm_pipe.reuse import Reuse
 
 
@@ -37,8 +37,7 @@ class DeepCache(Patch):
         return Reuse(run.index, tuple(range(0, run.steps, self.interval))).changes(self._deep(network))
 
     def _deep(self, network: Any) -> list[str]:
-        if not (hasattr(network, "down_blocks") and hasattr(network, "up_blocks")):
-            raise UsageError(f"deepcache needs a U-Net; {type(network).__name__} has no way down and up")
+        check_unet(network, "deepcache")
         first, last = network.down_blocks[0], len(network.up_blocks) - 1
         layers, ups = len(first.resnets), len(network.up_blocks[last].resnets)
         if self.branch > layers:

@@ -19,7 +19,7 @@ from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate
 from ldm_pipe.noise import StepNoise
-from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.patch import Change, Patch, Run, check_unet
 from ldm_pipe.reuse import Reuse
 from ldm_pipe.walk import Sampler, Step, Wrapping
 
@@ -57,8 +57,7 @@ class Faster(Patch):
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """The way down and the middle answer from memory between the key steps."""
         net: Any = network
-        if not (hasattr(net, "down_blocks") and hasattr(net, "mid_block")):
-            raise UsageError(f"faster needs a U-Net; {type(network).__name__} has no way down")
+        check_unet(net, "faster")
         names = ["conv_in", *(f"down_blocks.{i}" for i in range(len(net.down_blocks))), "mid_block"]
         if self.parallel:
             return Ahead(run.clock, self.at(run.steps)).changes(names)

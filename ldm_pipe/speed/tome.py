@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError
-from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.patch import Change, Patch, Run, noting_size
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,10 @@ class ToMe(Patch):
         names = [n for n, _ in network.named_modules() if n.endswith("attn1")]
         if not names:
             raise UsageError(f"tome needs self-attention; {type(network).__name__} has no layer attn1")
-        size: list[tuple[int, int]] = []
-
-        def sized(call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            size[:] = [(int(x.shape[2]), int(x.shape[3]))]
-            return call(x, *args, **kwargs)
+        size: list[int] = []
 
         def merged(call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            height, width, times = *size[0], 1
+            (height, width), times = size, 1
             while height * width > x.shape[1]:
                 height, width, times = -(-height // 2), -(-width // 2), 2 * times
             if times > self.deepest or height * width != x.shape[1] or int(self.ratio * x.shape[1]) == 0:
@@ -56,7 +52,7 @@ class ToMe(Patch):
             merge = Merge.of(x, height, width, self.ratio, run.index(ROWS.get().level))
             return merge.undo(call(merge(x), *args, **kwargs))
 
-        return dict.fromkeys(names, merged) | {"": sized}
+        return dict.fromkeys(names, merged) | {"": noting_size(size)}
 
 
 @dataclass(frozen=True, eq=False)

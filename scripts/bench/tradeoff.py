@@ -1,6 +1,6 @@
 """Accuracy against speed: what each preset and patch costs in right images on the built-in model, and gains in time.
 
-    python scripts/bench/tradeoff.py --prompts 200             # tradeoff.json, .md and .png into docs/results/
+    python scripts/bench/tradeoff.py --prompts 200             # tradeoff.json and .png into docs/results/
     python scripts/bench/tradeoff.py --only costs --latent 64  # times alone, on a random U-Net of Stable Diffusion 1.5's size
 
 Accuracy: fresh scenes, the same prompts and seeds in every row, graded by the world's grader with 95% intervals; the time is
@@ -11,7 +11,6 @@ everything; a ratio for a walk of 50 steps follows from how many of them do (ran
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,16 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import evaluate
+from measuring import graded, pyplot, scenes, share, write
 
-from ldm_pipe import CFG, EPS, VP, Cond, Level, Model, Noise, Pipeline, build, files, guided, levels
+from ldm_pipe import CFG, EPS, VP, Cond, Level, Model, Noise, Pipeline, build, guided, levels
+from ldm_pipe.doors.patches import SPEED, Patches
 from ldm_pipe.patch import Patch, Patched, Run
-from ldm_pipe.patches import SPEED, Patches
 from ldm_pipe.restore.text import call
-from train.world.grader import grade
 from train.world.scenes import captions
 
 WALK = 50
@@ -47,15 +44,12 @@ KEYS = {"faster": 9, "deepcache": 25, "balanced": 25, "fast": 17}  # steps of 50
 
 def accuracy(pipe: Pipeline, count: int, steps: int, texts: Sequence[str]) -> dict[str, float]:
     """A row: how many of the images are right, with a 95% interval, and the seconds of a run."""
-    import numpy as np
-
-    wanted = [s for kind in ("one", "two", "count") for s in evaluate.scenes(kind, "train", -(-count // 3), 91)]
-    prompts, right, began = [captions(s)[0] for s in wanted], 0, time.perf_counter()
+    wanted = [s for kind in ("one", "two", "count") for s in scenes(kind, "train", -(-count // 3), 91)]
+    prompts, began = [captions(s)[0] for s in wanted], time.perf_counter()
     whole = pipe.plan(prompts, seeds=tuple(range(len(wanted))), steps=steps, batch_size=50)
     done = [i for out in pipe.run(Patches(tuple(texts)).applied(pipe, whole)) for i in out.images]
     took = time.perf_counter() - began
-    right = sum(grade(np.asarray(i), s) for i, s in zip(done, wanted, strict=True))
-    return {**evaluate.share(right, len(wanted)), "seconds": took / len(wanted), "steps": steps}
+    return {**share(graded(done, wanted), len(wanted)), "seconds": took / len(wanted), "steps": steps}
 
 
 def tradeoff(count: int, steps: int) -> dict[str, dict[str, float]]:
@@ -119,12 +113,7 @@ def seconds(denoise: Any, x: Tensor, level: Level) -> float:
 
 def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
     """Right images against the time of one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name, row in rows.items():
         mark = "x" if name.endswith("steps") else "s" if name.startswith("--") else "o"
         error = [[row["right"] - row["low"]], [row["high"] - row["right"]]]
@@ -151,7 +140,7 @@ def main() -> None:
         plot(found["accuracy"], args.output / "tradeoff.png")
     if args.only != "accuracy":
         found["costs"] = costs(args.latent, getattr(torch, args.dtype), args.rounds)
-    files.write(args.output / "tradeoff.json", json.dumps(found, indent=1).encode(), replace=True)
+    write(args.output, "tradeoff", found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import CLEAN, PREDICTIONS, VP, Cond, Estimate, Gaussian, Level, Mixture, Model, UsageError, levels, sample
-from ldm_pipe.analysis import Affine, outcome, read_walk, reference_problem
+from ldm_pipe.analysis import Affine, ExactNetwork, outcome, read_walk, reference_problem
 from ldm_pipe.model import Denoiser
 from ldm_pipe.noise import NoNoise, StepNoise
 from ldm_pipe.samplers.ddim import DDIM
@@ -143,7 +143,7 @@ def test_walks_compose() -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS.keys())
 def test_a_network_of_any_prediction_is_walked_alike(prediction: Any) -> None:
     path = VP.linear()
-    model = Model(PRIOR.network(path, prediction), path, prediction).bind(Cond())
+    model = Model(ExactNetwork((PRIOR,), path, prediction), path, prediction).bind(Cond())
     walk = levels.leading(path, 20)
     close(read_walk(model, walk, DDIM(0.6), SHAPE), read_walk(PRIOR, walk, DDIM(0.6), SHAPE))
 

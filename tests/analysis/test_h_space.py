@@ -88,3 +88,10 @@ def test_groups_and_what_lies_apart() -> None:
     for other in others:
         assert abs(float((left * other).sum())) < 1e-12
     torch.testing.assert_close(apart(left, *others), left)
+
+
+def test_another_layer_can_be_moved() -> None:
+    network = nn.Sequential(nn.Identity(), nn.Identity())
+    assert set(HSpace(torch.zeros(3, 4, 4), layer="1").changes(network, Run(WALK))) == {"1"}
+    with pytest.raises(UsageError, match="'mid_block' is not a layer of Sequential"):
+        HSpace(torch.zeros(3, 4, 4)).changes(network, Run(WALK))

@@ -67,12 +67,12 @@ def test_pure_noise_is_answered_or_refused_by_name(oracle: Any, path: Any) -> No
 
 @predictions
 def test_rows_of_one_batch_have_times_of_their_own(prediction: Any) -> None:
-    """As in training; the Gaussian's own `network` too."""
+    """As in training."""
     path, times, cond = VP.linear(), torch.tensor([10.0, 500.0, 999.0]), Cond()
-    for network in (ExactNetwork((GAUSSIAN,), path, prediction), GAUSSIAN.network(path, prediction)):
-        together = network(X, times, cond)
-        for i in range(3):
-            assert torch.allclose(together[i], network(X[i : i + 1], times[i : i + 1], cond)[0], atol=1e-12)
+    network = ExactNetwork((GAUSSIAN,), path, prediction)
+    together = network(X, times, cond)
+    for i in range(3):
+        assert torch.allclose(together[i], network(X[i : i + 1], times[i : i + 1], cond)[0], atol=1e-12)
 
 
 def test_labels_choose_the_denoiser_and_guidance_joins_them() -> None:

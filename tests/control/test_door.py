@@ -17,7 +17,7 @@ from ldm_pipe import LdmError, Pipeline, UsageError, recipe
 from ldm_pipe.cli import main
 from ldm_pipe.control.controlnet import ControlNet
 from ldm_pipe.control.t2i_adapter import T2IAdapter
-from ldm_pipe.controls import Controls
+from ldm_pipe.doors.controls import Controls
 from ldm_pipe.image import to_tensor
 from ldm_pipe.plan import patched
 from ldm_pipe.request import Request

@@ -69,7 +69,11 @@ def test_with_a_controlnet(ours: Draw, adapters: list[Any], nets: list[Any], hin
 def test_too_many_sizes_are_refused(adapters: list[Any], hints: list[Tensor]) -> None:
     patch = T2IAdapter(tuple(torch.zeros(1, 1, 1, 1) for _ in range(4)))
     unet = nn.Module()
-    unet.down_blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+    unet.down_blocks, unet.mid_block, unet.up_blocks = (
+        nn.ModuleList([nn.Identity(), nn.Identity()]),
+        nn.Identity(),
+        nn.ModuleList(),
+    )
     with pytest.raises(UsageError, match="4 sizes, the network's way down 2"):
         patch.changes(unet, Run((Level(0.1, 0.9), Level(1.0, 0.0))))
 

@@ -145,7 +145,7 @@ def test_a_grid_is_found_or_refused() -> None:
     assert grid(64, 16, 16) == (8, 8)
     assert grid(15, 9, 19) == (3, 5) or grid(15, 9, 19)[0] * grid(15, 9, 19)[1] == 15
     assert grid(8, 8, 16) == (2, 4)
-    with pytest.raises(UsageError, match="no grid over a latent of 8x8"):
+    with pytest.raises(UsageError, match="positions of attention are no map of 8x8"):
         grid(7, 8, 8)
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from ldm_pipe import Pipeline, UsageError, levels, registry
 from ldm_pipe.cli import main
+from ldm_pipe.doors.restoration import MADE_HERE, Inpainting, Restoration
 from ldm_pipe.editing.source import Source
 from ldm_pipe.image import to_tensor
-from ldm_pipe.restoration import MADE_HERE, Inpainting, Restoration
 from ldm_pipe.restore import defaults
 from ldm_pipe.restore.latent import Latent
 from ldm_pipe.restore.repaint import RePaint

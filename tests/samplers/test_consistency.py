@@ -10,6 +10,7 @@ from diffusers.schedulers import scheduling_consistency_models
 from torch import Tensor
 
 from ldm_pipe import CLEAN, EDM, VELOCITY, VP, Cond, Gaussian, Level, Model, Noise, UsageError, levels, sample
+from ldm_pipe.analysis import ExactNetwork
 from ldm_pipe.samplers.consistency import Consistency
 from ldm_pipe.samplers.lcm import LCM
 
@@ -22,7 +23,7 @@ def test_equals_diffusers(prior: Gaussian, noise: Noise, close: Close, monkeypat
     made = CMStochasticIterativeScheduler(clip_denoised=False)
     made.set_timesteps(steps)
     walk = [*(Level(1.0, float(s)) for s in made.sigmas[:steps]), CLEAN]
-    model = Model(prior.network(EDM(), VELOCITY), EDM(), VELOCITY)
+    model = Model(ExactNetwork((prior,), EDM(), VELOCITY), EDM(), VELOCITY)
     x = start = Consistency().start(noise.start(), walk[0])
     for i, (t, here) in enumerate(zip(made.timesteps, walk, strict=False)):
         draw = noise.at(i)

@@ -13,6 +13,7 @@ from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
 from ldm_pipe import EPS, VP, Cond, Flow, Gaussian, Level, Model, Noise, UsageError, levels, sample
+from ldm_pipe.analysis import ExactNetwork
 from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.model import Estimate, guided
 from ldm_pipe.samplers.ddpm import DDPM
@@ -22,7 +23,7 @@ THEIRS = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_ra
 
 def doubled(prior: Gaussian, path: VP) -> Callable[[Tensor, Tensor, Cond], Tensor]:
     """A network that also gives the raw half of a learned variance, some smooth function of x in -1..1."""
-    network = prior.network(path, EPS)
+    network = ExactNetwork((prior,), path, EPS)
     return lambda x, time, cond: torch.cat([network(x, time, cond), torch.tanh(x + 0.3)], dim=1)
 
 
@@ -92,7 +93,7 @@ def test_a_learned_variance_is_split_off_before_guidance(prior: Gaussian, noise:
 
     def of(x: Tensor, time: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         label = cond.extras["label"].reshape(-1, 1, 1, 1)
-        both = prior.network(path, EPS)(x, time, cond), other.network(path, EPS)(x, time, cond)
+        both = (ExactNetwork((oracle,), path, EPS)(x, time, Cond()) for oracle in (prior, other))
         return torch.where(label == 1, *both), torch.tanh(x + label)
 
     conds = {n: Cond(extras={"label": torch.full((3,), float(k))}) for k, n in enumerate(("uncond", "cond"))}

@@ -38,9 +38,7 @@ def test_equals_diffusers(
 
 
 def test_equals_diffusers_on_the_flow_path(prior: Gaussian, noise: Noise, close: Close) -> None:
-    made = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", **CONFIG
-    )
+    made = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", **CONFIG)
     made.set_timesteps(18)
     walk = [Level(1 - float(s), float(s)) for s in made.sigmas]
     x = start = noise.start() * walk[0].sigma

@@ -30,6 +30,7 @@ from ldm_pipe import (
     sample,
     trajectory,
 )
+from ldm_pipe.analysis import ExactNetwork
 from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.model import Estimate, guided
 from ldm_pipe.noise import StepNoise
@@ -75,9 +76,7 @@ WALKS = {
 
 @every
 @pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS.keys())
-def test_end_points_are_finite_or_refused_by_name(
-    prior: Gaussian, noise: Noise, sampler: Sampler, walk: list[Level]
-) -> None:
+def test_end_points_are_finite_or_refused_by_name(prior: Gaussian, noise: Noise, sampler: Sampler, walk: list[Level]) -> None:
     end, refusal = None, ""
     try:
         end = sample(with_variance(prior), sampler.start(noise.start(), walk[0]), walk, sampler, noise)
@@ -94,9 +93,7 @@ def test_end_points_are_finite_or_refused_by_name(
 
 @every
 @pytest.mark.parametrize("coordinates", ["flow", "ve", "any"])
-def test_the_same_images_on_every_path(
-    prior: Gaussian, noise: Noise, close: Close, sampler: Sampler, coordinates: str
-) -> None:
+def test_the_same_images_on_every_path(prior: Gaussian, noise: Noise, close: Close, sampler: Sampler, coordinates: str) -> None:
     """Each level scaled by a factor of its own, also the clean one: x scales with it, x0 and noise do not notice."""
     walk = levels.leading(VP.scaled_linear(), 9)
     factors = {
@@ -136,7 +133,7 @@ def test_evaluations_are_counted_exactly(
 ) -> None:
     """`calls` a step and one into clean, for each branch that is needed and each image; the network saw as many."""
     seen = 0
-    network = prior.network(Flow(), FLOW)
+    network = ExactNetwork((prior,), Flow(), FLOW)
 
     def counting(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         nonlocal seen
@@ -173,8 +170,8 @@ def test_a_perfect_network_of_a_point_is_reached_in_one_step(noise: Noise, sampl
     target = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 2, 2)
     point = Gaussian.isotropic(target, 0.0)
     for prediction in (VELOCITY, CLEAN_IMAGE, FLOW):
-        walk = levels.trailing(VP.linear().zero_terminal(), 4)[1:]
-        denoise = Model(point.network(VP.linear().zero_terminal(), prediction), VP.linear().zero_terminal(), prediction)
+        path = VP.linear().zero_terminal()
+        walk, denoise = levels.trailing(path, 4)[1:], Model(ExactNetwork((point,), path, prediction), path, prediction)
         end = sample(with_variance(denoise.bind(Cond())), noise.start(), walk, sampler, noise)
         assert torch.allclose(end, target.expand_as(end), atol=1e-9)
 

@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import AysSchedules
 from scipy.stats import beta as beta_of_scipy
 
 from ldm_pipe import CLEAN, EDM, EPS, VELOCITY, VP, Cond, Flow, Gaussian, Level, Model, UsageError, build, levels
+from ldm_pipe.analysis import ExactNetwork
 from ldm_pipe.level_file import filled_in, read
 from ldm_pipe.spacings.beta import quantile
 
@@ -117,9 +118,9 @@ def test_zero_terminal_lets_a_network_of_v_start_at_pure_noise() -> None:
     """At the clamped time of its table; a network of noise refuses by name."""
     prior = Gaussian.isotropic(torch.zeros(4, dtype=torch.float64), 0.7)
     x, first = torch.ones(1, 1, 2, 2, dtype=torch.float64), build("spacing", "zero_terminal")(TABLE, 5)[0]
-    assert torch.isfinite(Model(prior.network(TABLE, VELOCITY), TABLE, VELOCITY).bind(Cond())(x, first).x0).all()
+    assert torch.isfinite(Model(ExactNetwork((prior,), TABLE, VELOCITY), TABLE, VELOCITY).bind(Cond())(x, first).x0).all()
     with pytest.raises(UsageError, match="alpha = 0"):
-        Model(prior.network(TABLE, EPS), TABLE, EPS).bind(Cond())(x, first)
+        Model(ExactNetwork((prior,), TABLE, EPS), TABLE, EPS).bind(Cond())(x, first)
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,11 @@ def _from_table(root: Path, table: Path) -> tuple[list[Row], list[Fault]]:
 
 
 def _inside(root: Path, name: str) -> bool:
-    file = (root / name).resolve()
-    return root.resolve() in file.parents and file.is_file()
+    try:
+        file = (root / name).resolve()
+        return root.resolve() in file.parents and file.is_file()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
 
 
 def _records(table: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -151,14 +154,17 @@ def _records(table: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, 
     lines = text.splitlines()
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
-        for record in reader:
-            yield reader.line_num, {k: v for k, v in record.items() if k is not None}
+        try:
+            for record in reader:
+                yield reader.line_num, {k: v for k, v in record.items() if k is not None}
+        except csv.Error as error:
+            faults.append(Fault(f"{table.name}:{reader.line_num}", f"is not CSV: {error}"))
         return
     for number, written in enumerate(lines, 1):
         if written.strip():
             try:
                 record = json.loads(written)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 faults.append(Fault(f"{table.name}:{number}", f"is not JSON: {error}"))
                 continue
             if isinstance(record, dict):
@@ -201,6 +207,6 @@ def _shard_words(group: list[shards.Member]) -> tuple[tuple[str, ...], str, Faul
                 return ((words,) if words else ()), member.name, None
             if member.name.endswith(".json"):
                 return _captions(json.loads(shards.read(member))), member.name, None
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return (), member.name, Fault(member.name, "is not readable text")
     return (), "", None

@@ -60,7 +60,9 @@ class DenoiserLoss(nn.Module):
     def _cond(self, batch: dict[str, Tensor]) -> Cond:
         """The text, and in the extras whatever else a network may want to know (SDXL: the sizes of the cut)."""
         named = {n.removeprefix("text_"): t for n, t in batch.items() if n.startswith("text_")}
-        fields = {n: named.pop(n) for n in ("tokens", "pooled", "mask") if n in named}
+        fields: dict[str, Tensor] = {n: named.pop(n) for n in ("tokens", "pooled", "mask") if n in named}
+        if "channels" in batch:
+            fields["channels"] = batch["channels"]
         if "ids" in batch:
             fields["tokens"] = self._encoded(batch["ids"])
         return Cond(**fields, extras=named)  # type: ignore[arg-type]

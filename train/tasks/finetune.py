@@ -43,6 +43,7 @@ class Finetune(Task):
     """
 
     TABLES: ClassVar[Mapping[str, type]] = {"data": Data, "repa": Repa}
+    beside: ClassVar[bool] = False  # does `batch` bring further channels behind x?
 
     data: dict[str, Any]
     model: str = "builtin"
@@ -125,8 +126,8 @@ class Finetune(Task):
         """The trainable module; latents and text features that are missing from the cache are made first."""
         bundle = self.bundle
         self.plan.check(bundle.model)
-        if bundle.inserts is not None:
-            raise UsageError("models that take a picture beside the noise (inpainting) are not trained here")
+        if bundle.inserts is not None and not self.beside:
+            raise UsageError("models that take a picture beside the noise are trained by the task concat")
         if self._live_text and not hasattr(bundle.text, "encoder"):
             raise UsageError("train_text, data.shuffle and an empty data.cache take a model with a single CLIP")
         if self.settings.cache:
@@ -146,6 +147,10 @@ class Finetune(Task):
 
     # --- a batch
 
+    def said(self, seed: int, seen: Seen) -> str:
+        """The caption that a visit is trained with."""
+        return seen.caption
+
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
         """x0 [B,C,h,w] (or images [B,3,H,W]), what the objective draws, the text, the mask; names of the pictures."""
         data = self.dataset
@@ -154,7 +159,7 @@ class Finetune(Task):
         shape = (codec.channels, *(side // codec.factor for side in reversed(seen[0].geometry.size)))
         draws = [self.plan.draw(stream(seed, "noise", s.row, s.visit), shape) for s in seen]
         batch: Batch = {n: torch.from_numpy(np.stack([d[n] for d in draws])) for n in draws[0]}
-        captions = [s.caption for s in seen]
+        captions = [self.said(seed, s) for s in seen]
         if self._live_text:
             batch["ids"] = torch.tensor(self.bundle.text.tokenizer([clean(c) for c in captions], self.bundle.text.window))
         else:

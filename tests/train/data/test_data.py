@@ -165,6 +165,19 @@ def test_tables_name_the_line_of_every_fault(tmp_path: Path, kind: str) -> None:
     assert found == {f"{first}:{n}" for n in expected} | {"c.png"}
 
 
+def test_what_no_table_should_hold_is_a_fault_and_no_crash(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    deep = "[" * 100_000
+    lines = ['{"file_name": "a\\u0000.png"}', '{"file_name": "' + "x" * 5000 + '.png"}', deep, '{"file_name": "a.png"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(str(tmp_path))
+    assert [r.name for r in source.rows] == ["a.png"]
+    assert sorted(f.where for f in source.faults) == [f"metadata.jsonl:{n}" for n in (1, 2, 3)]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000)
+    assert "is not CSV: field larger" in open_source(str(tmp_path)).faults[0].words
+
+
 def test_shards_are_listed_once_and_read_at_their_places(tmp_path: Path) -> None:
     photos(tmp_path / "flat", 4)
     picture(tmp_path / "flat" / "p1.mask.png", shade=9)

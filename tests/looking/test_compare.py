@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_pipe import UsageError, doctor
+from ldm_pipe import UsageError
 from ldm_pipe.cli import main
-from ldm_pipe.doctor import Finding, verdict
 from ldm_pipe.errors import EnvironmentFault
-from ldm_pipe.looking import Looking
+from ldm_pipe.looking import doctor
+from ldm_pipe.looking.doctor import Finding, verdict
+from ldm_pipe.looking.flags import Looking
+from ldm_pipe.looking.record import read
 from ldm_pipe.pipeline import Pipeline
-from ldm_pipe.record import read
 
 Tiny = Callable[[str], Path]
 PROMPT = "a fox on a blue background"

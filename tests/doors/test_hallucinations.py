@@ -13,7 +13,7 @@ import torch
 from ldm_pipe import Pipeline, UsageError, recipe
 from ldm_pipe.analysis.hallucination import scores
 from ldm_pipe.cli import main
-from ldm_pipe.hallucinations import Filter
+from ldm_pipe.doors.hallucinations import Filter
 from ldm_pipe.level import Level
 from ldm_pipe.walk import Step
 

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,27 @@ from torch import Tensor, nn
 
 from ldm_pipe import CFG, Pipeline, UsageError, recipe, registry
 from ldm_pipe.cli import main
+from ldm_pipe.doors.patches import SPEED, Patches
 from ldm_pipe.level import Level
+from ldm_pipe.networks.pixart import PixArt
 from ldm_pipe.networks.unet import UNet
 from ldm_pipe.patch import Patch, Patched, Run, changed, root
-from ldm_pipe.patches import SPEED, Patches
 from ldm_pipe.plan import patched
 
 Tiny = Callable[[str], Path]
 FOX, BEES = "a fox on a blue background", "two bees on red"
 NAMES = sorted(registry.KINDS["patch"])
+TRANSFORMERS = {"first_block"}  # patches of a network that is no U-Net
+UNETS = [n for n in NAMES if n not in TRANSFORMERS]
+END = {False: "conv_out", True: "transformer.proj_out"}  # the last layer of a U-Net and of a transformer
 EXACT = {"text_cache"}  # patches that change no bit whatever their settings
 # What changes a small image in a short walk, where the defaults do not.
-ACTIVE: dict[str, dict[str, Any]] = {"faster": {"keys": "0 2"}, "attention_scale": {"size": 4}, "tiles": {"size": 4}}
+ACTIVE: dict[str, dict[str, Any]] = {
+    "faster": {"keys": "0 2"},
+    "attention_scale": {"size": 4},
+    "tiles": {"size": 4},
+    "first_block": {"threshold": 0.4},
+}
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -46,9 +56,34 @@ def foreign(folder: Path) -> Pipeline:
     return pipe
 
 
+def transformer(folder: Path) -> Pipeline:
+    """The same model with a PixArt of the same tokens and latents in the place of its U-Net."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(1)
+    inner = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=4, sample_size=8,
+        norm_num_groups=4, cross_attention_dim=16, caption_channels=16, use_additional_conditions=False,
+    )  # fmt: skip
+    pipe = light(folder)
+    pipe.bundle.model.network = PixArt(inner.eval().requires_grad_(False), 4, False)
+    return pipe
+
+
 @pytest.fixture(scope="module")
-def pipe(tiny: Tiny) -> Pipeline:
-    return light(tiny("eps"))
+def homes(tiny: Tiny) -> Callable[[bool], Pipeline]:
+    """homes(False): a pipeline with a U-Net; homes(True): with a transformer."""
+    return cache(lambda other: transformer(tiny("eps")) if other else light(tiny("eps")))
+
+
+@pytest.fixture
+def pipe(homes: Callable[[bool], Pipeline], request: pytest.FixtureRequest) -> Pipeline:
+    """One with the network that the patch of the test is for."""
+    return homes(_named(request) in TRANSFORMERS)
+
+
+def _named(request: pytest.FixtureRequest) -> str:
+    return str(request.node.callspec.params.get("name")) if hasattr(request.node, "callspec") else ""
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +135,14 @@ def draw(pipe: Pipeline, patches: Sequence[Patch], prompts: Sequence[str] = (FOX
 
 
 @pytest.fixture(scope="module")
-def plain(pipe: Pipeline) -> Tensor:
-    return draw(pipe, [])
+def plains(homes: Callable[[bool], Pipeline]) -> Callable[[bool], Tensor]:
+    return cache(lambda other: draw(homes(other), []))
+
+
+@pytest.fixture
+def plain(plains: Callable[[bool], Tensor], request: pytest.FixtureRequest) -> Tensor:
+    """What the pipeline makes without a patch."""
+    return plains(_named(request) in TRANSFORMERS)
 
 
 def traces(network: nn.Module) -> list[Any]:
@@ -143,7 +184,7 @@ def test_it_leaves_nothing_behind(name: str, pipe: Pipeline, plain: Tensor) -> N
         call(*args, **kwargs)
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), changed(network, {"conv_out": [failing]}):
+    with pytest.raises(ZeroDivisionError), changed(network, {END[name in TRANSFORMERS]: [failing]}):
         next(pipe.run(whole))
     assert same(traces(network), before)
     for _ in zip(range(1), pipe._walk(whole, Counter()), strict=False):
@@ -179,7 +220,7 @@ def test_two_images_at_once_are_two_runs_of_one(name: str, pipe: Pipeline) -> No
         torch.testing.assert_close(draw(pipe, [patch], [prompt], seeds=(7 + k,))[0], both[k], rtol=1e-4, atol=1e-4)
 
 
-@every
+@pytest.mark.parametrize("name", UNETS)
 def test_the_light_network_and_diffusers_agree(name: str, pipe: Pipeline, theirs: Pipeline) -> None:
     patch = made(name, pipe)
     torch.testing.assert_close(draw(theirs, [patch]), draw(pipe, [patch]), rtol=1e-3, atol=1e-3)
@@ -296,7 +337,7 @@ def test_random_compositions(seed: int, pipe: Pipeline) -> None:
     """Two or three patches, a sampler, a rule and, for some, a picture to start from: finite, the same again, as many
     evaluations as without the patches. Refused are those that add features of one size with those that change the size."""
     draws = random.Random(seed)
-    names = set(draws.sample(NAMES, draws.choice((2, 3))))
+    names = set(draws.sample(UNETS, draws.choice((2, 3))))
     patches = [made(name, pipe) for name in sorted(names)]
     settings: dict[str, Any] = {"seed": seed, "steps": 4, "sampler": draws.choice(SAMPLERS), "guide": draws.choice(RULES)}
     picture = Image.effect_noise((32, 32), 60).convert("RGB") if draws.random() < 0.4 else None

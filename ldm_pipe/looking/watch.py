@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ldm_pipe.looking import Looking
+from ldm_pipe.looking.flags import Looking
 
 if TYPE_CHECKING:
+    from ldm_pipe.looking.record import Recorder
     from ldm_pipe.pipeline import Pipeline
     from ldm_pipe.plan import Plan
-    from ldm_pipe.record import Recorder
     from ldm_pipe.walk import Step
 
 
@@ -32,12 +32,12 @@ class Watch:
         told: list[Callable[[Step], None]] = []
         recorder = None
         if looking.record is not None:
-            from ldm_pipe.record import Recorder
+            from ldm_pipe.looking.record import Recorder
 
             recorder = Recorder(plan)
             told.append(recorder.note)
         if looking.preview is not None:
-            from ldm_pipe import preview
+            from ldm_pipe.looking import preview
 
             linear = preview.fit(pipe.bundle.codec, pipe.device)
             if looking.preview == "terminal":

@@ -1,4 +1,4 @@
-"""What of a picture goes behind x, for U-Nets that were trained with further channels.
+"""Further channels behind those of x, made of a picture, for U-Nets that were trained with them.
 
 Inpainting: a mask and the picture without what it covers (Rombach et al. 2022, arXiv 2112.10752, section 4.5, as published in
 stable-diffusion-inpainting). InstructPix2Pix: the whole picture (Brooks et al. 2022, arXiv 2211.09800, section 3.2).
@@ -30,7 +30,7 @@ def rule_of(inserts: str | None, scale: float) -> Rule:
     return Compose(("cond", "image"), (scale, LIKENESS - scale)) if inserts == "picture" else CFG(scale)
 
 
-def behind(
+def with_channels(
     conds: Mapping[str, Cond], inserts: str | None, codec: Codec, source: Source | None, size: tuple[int, int]
 ) -> dict[str, Cond]:
     """The branches with their further channels [B,C,h,w]. size: (height, width) in pixels.

@@ -51,13 +51,11 @@ def recorded_in(folder: str, pipe: Pipeline, whole: Plan) -> Plan:
 
 
 def _spans(tokenizer: Any, window: int, prompt: str) -> dict[str, range]:
-    """The words of a prompt, "3 word" for one, each with its places among the tokens; what the window cuts is left out."""
-    found, place = {}, 1
-    for k, word in enumerate(prompt.lower().split()):
-        end = place + tokenizer.length(word) - 2
-        found[f"{k} {word}"] = range(min(place, window - 1), min(end, window - 1))
-        place = end
-    return {word: span for word, span in found.items() if len(span)}
+    """The words of a prompt, "3 word" for one, each with its places among the tokens; no signs, nor what the window cuts."""
+    from ldm_pipe.tokens import places
+
+    found = enumerate(places(tokenizer, window, prompt))
+    return {f"{k} {word}": span for k, (word, span) in found if len(span) and any(c.isalnum() for c in word)}
 
 
 def _lit(picture: Image, shown: Tensor) -> Image:

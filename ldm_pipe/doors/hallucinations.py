@@ -1,7 +1,7 @@
 """`--filter-hallucinations 0.5`: more images are drawn than are wanted, and of each prompt those are kept that waver least.
 
-The score is that of Aithal et al. 2024, arXiv 2406.09358 (`ldm_pipe/analysis/hallucination.py`). It needs steps of little noise,
-so that a filtered walk ends in ten fine steps more; an image is the same whether or not its neighbours are kept.
+The score is that of Aithal et al. 2024, arXiv 2406.09358 (`ldm_pipe/analysis/hallucination.py`). It needs steps of little
+noise, so that a filtered walk ends in ten fine steps more; an image is the same whether or not its neighbours are kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ldm_pipe.errors import UsageError
 
@@ -43,7 +43,9 @@ class Filter:
         from ldm_pipe.analysis.hallucination import dense_tail, fine_end
 
         if whole.sampler.travels:
-            raise UsageError(f"--filter-hallucinations does not go with {type(whole.sampler).__name__}, which goes back and forth")
+            raise UsageError(
+                f"--filter-hallucinations does not go with {type(whole.sampler).__name__}, which goes back and forth"
+            )
         levels = tuple(dense_tail(whole.levels, fine_end(model.path)))
         return replace(whole, levels=levels, recorded={**whole.recorded, "filtered": dataclasses.asdict(self)})
 
@@ -76,7 +78,9 @@ class Filter:
         count = math.floor(len(drawn) * self.share + 1e-9)
         places = sorted(sorted(range(len(drawn)), key=lambda k: (drawn[k].score, k))[:count])
         left = ", ".join(str(row.one.seeds[0]) for k, row in enumerate(drawn) if k not in places)
-        note = f"{count} of {len(drawn)} images of {drawn[0].one.prompts[0]!r:.60} are kept; those of the seeds {left} waver more"
+        note = (
+            f"{count} of {len(drawn)} images of {drawn[0].one.prompts[0]!r:.60} are kept; those of the seeds {left} waver more"
+        )
         found = drawn[0].one.joined([drawn[k].one for k in places])
         spent = (row.out.evaluations for row in drawn if row.place == len(row.out.seeds) - 1)  # a batch's are said once
         return replace(found, evaluations=sum(spent, Counter()), notices=(*found.notices, note))

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import doctor, files, recipe, sweep
+from ldm_pipe import files, recipe
+from ldm_pipe.looking import doctor, sweep
 from ldm_pipe.output import Target
 from ldm_pipe.request import Request
 from ldm_pipe.settings import Settings

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import strict
-from ldm_pipe.errors import ModelError, UsageError, check_interval
+from ldm_pipe.errors import ModelError, UsageError, check_interval, unknown
+from ldm_pipe.hints import PREPARE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,14 +24,18 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Window:
-    """How a control acts. lo, hi: while the noise u is in lo <= u < hi. guess: without the prompt's help (ControlNet)."""
+    """How a control acts. lo, hi: while the noise u is in lo <= u < hi. guess: without the prompt's help (ControlNet).
+    prepare: what is made of the picture first, at the size of the image: "canny", "grey" or nothing."""
 
     lo: float = 0.0
     hi: float = 1.0
     guess: bool = False
+    prepare: str = ""
 
     def __post_init__(self) -> None:
         check_interval("control", self.lo, self.hi)
+        if self.prepare and self.prepare not in PREPARE:
+            raise UsageError("--set control.prepare: " + unknown("way to prepare a picture", self.prepare, PREPARE))
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Controls:
         if not recorded:
             return self
         scales = tuple(strict.coerce(row.get("scale"), float, "recipe: scale") for row in recorded)
-        window = strict.build(Window, {n: v for n, v in recorded[0].items() if n in ("lo", "hi", "guess")}, "recipe: control")
+        given = {f.name: recorded[0][f.name] for f in fields(Window) if f.name in recorded[0]}
+        window = strict.build(Window, given, "recipe: control")
         return Controls(self.folders, scales, window, tuple(recorded))
 
     def applied(self, pipe: Pipeline, whole: Plan, pictures: Sequence[Image]) -> Plan:
@@ -91,7 +97,8 @@ class Controls:
         from ldm_pipe.image import to_tensor
 
         factor, (height, width) = pipe.bundle.codec.factor, whole.shape[1:]
-        hint = to_tensor([Source(picture).fitted(width * factor, height * factor).picture]) / 2 + 0.5
+        fitted = Source(picture).fitted(width * factor, height * factor).picture
+        hint = to_tensor([PREPARE[self.window.prepare](fitted) if self.window.prepare else fitted]) / 2 + 0.5
         hint, network = hint.to(pipe.device, pipe.dtype), network.to(pipe.device, pipe.dtype)
         lo, hi = self.window.lo, self.window.hi
         if type(network).__name__ == "ControlNetModel":

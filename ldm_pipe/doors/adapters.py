@@ -53,7 +53,8 @@ class Adapters:
     def applied(self, pipe: Pipeline, say: Callable[[str], None] = lambda text: None) -> Pipeline:
         """A pipeline around a copy of the model with the adapters in it; the given one keeps every bit.
 
-        Raises ModelError on a file that does not fit, UsageError on one that is not the recorded one. say: is told what was found.
+        say: is told what was found. Raises ModelError on a file that does not fit, UsageError on one that is not the recorded
+        one.
         """
         if not (self.loras or self.embeddings):
             return pipe

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm_pipe import CLEAN, Cond, Pipeline, UsageError, image, registry
 from ldm_pipe.cli import main
-from ldm_pipe.edit import Edit
+from ldm_pipe.doors.edit import Edit
 from ldm_pipe.plan import taken
 
 FOX, CAT = "a fox on a blue background", "a cat on a blue background"

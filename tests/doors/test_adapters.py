@@ -46,7 +46,10 @@ def write(pipe: Pipeline, file: Path, layout: str, seed: int = 0, every: int = 1
     """An adapter on every n-th layer, ranks 2 and 3, alpha 1.5."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, dict[str, int]] = {}
-    heads = {"network": ("unet.", "lora_unet_"), **({"text_encoder": ("text_encoder.text_model.", "lora_te_text_model_")} if text else {})}
+    heads = {
+        "network": ("unet.", "lora_unet_"),
+        **({"text_encoder": ("text_encoder.text_model.", "lora_te_text_model_")} if text else {}),
+    }
     for part, (dotted, flat) in heads.items():
         for k, (name, layer) in enumerate(layers(pipe, part, every).items()):
             rank = 2 + k % 2
@@ -100,7 +103,7 @@ def far(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("layouts", [["peft"], ["kohya"], ["old"], ["peft", "kohya"]])
 def test_it_is_what_diffusers_makes_of_the_same_files(pipe: Pipeline, tiny: Tiny, tmp_path: Path, layouts: list[str]) -> None:
     pytest.importorskip("peft")
-    files = [write(pipe, tmp_path / f"{k}.safetensors", kind, seed=k, every=1 + k) for k, kind in enumerate(layouts)]
+    files = [write(pipe, tmp_path / f"{k}.safetensors", kind, seed=7 * k) for k, kind in enumerate(layouts)]
     before = [t.clone() for t in ours(pipe)]
     texts = [f"{file}:{scale}" for file, scale in zip(files, SCALES, strict=False)]
     mine = ours(adapted(pipe, texts))
@@ -133,6 +136,19 @@ def test_scale_0_changes_no_bit_and_opposite_scales_cancel(pipe: Pipeline, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(ours(adapted(pipe, [f"{file}:0"])), ours(pipe), strict=True))
     both = ours(adapted(pipe, [f"{file}:1.5", f"{file}:-1.5"]))
     assert all(far(a, b) < 1e-5 for a, b in zip(both, ours(pipe), strict=True))
+
+
+def test_magnitudes_at_scale_0_and_the_rank_stabilised_scale(pipe: Pipeline, tmp_path: Path) -> None:
+    """DoRA (arXiv 2402.09353) at scale 0 is no adapter at all; rsLoRA (arXiv 2312.03732, eq. 4) scales by alpha / sqrt(r)."""
+    name, layer = next((n, m) for n, m in layers(pipe, "network").items() if n.endswith("attn2.to_k"))
+    down, up = factors(layer, 4, 0)
+    low = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    save_file({**low, f"unet.{name}.lora_magnitude_vector": torch.ones(len(layer.weight))}, tmp_path / "dora.safetensors")
+    new = [
+        lora.parts(adapted(pipe, [f"{tmp_path}/dora.safetensors:{s}"]).bundle)["network"].get_submodule(name) for s in (0, 1)
+    ]
+    assert new[0].weight is layer.weight
+    assert torch.allclose(new[1].weight.norm(dim=1), torch.ones(len(layer.weight)))
 
 
 def test_every_kind_of_delta_against_its_formula() -> None:
@@ -169,14 +185,15 @@ def test_every_kind_of_delta_against_its_formula() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_norm", "down_blocks.1.attentions.0.transformer_blocks.0.norm"),
         ("lora_unet_input_blocks_5_0_in_layers_2", "down_blocks.1.resnets.1.conv1"),
         ("lora_unet_input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
         ("lora_unet_middle_block_1_proj_in", "mid_block.attentions.0.proj_in"),
         ("lora_unet_middle_block_2_emb_layers_1", "mid_block.resnets.1.time_emb_proj"),
         ("lora_unet_output_blocks_2_2_conv", "up_blocks.0.upsamplers.0.conv"),
         ("lora_te2_text_model_encoder_layers_31_mlp_fc2", "encoder.layers.31.mlp.fc2"),
-        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora.down.weight", "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"),
+        ("unet.x.attn2.processor.to_out_lora.down.weight", "x.attn2.to_out.0"),
+        ("unet.x.attn1.processor.to_k_lora.down.weight", "x.attn1.to_k"),
         ("base_model.model.conv_in.lora_A.default.weight", "conv_in"),
     ],
 )  # fmt: skip
@@ -195,7 +212,7 @@ def test_what_does_not_fit_is_said_in_a_line(pipe: Pipeline, tmp_path: Path) -> 
     sdxl = {f"{stem}.lora_down.weight": torch.zeros(2, 2048), f"{stem}.lora_up.weight": torch.zeros(8, 2)}
     cases: list[tuple[dict[str, Tensor], str]] = [
         (sdxl, "made for Stable Diffusion XL, loaded is a model with text features of width 16"),
-        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(8, 2)}, r"'lora_unet_nowhere.lora_up.weight' and 0 more find no layer"),
+        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(8, 2)}, "nowhere.lora_up.weight' and 0 more find no layer"),
         ({"strange": torch.zeros(1)}, "'strange' and 0 more find no layer"),
         ({"lora_te3_x.lora_up.weight": torch.zeros(8, 2)}, "find no layer"),
         ({f"{stem}.lora_up.weight": torch.zeros(8, 2)}, "holds up, which is no whole adapter"),
@@ -228,7 +245,9 @@ def word(file: Path, layout: str, vectors: int) -> Path:
 
 
 @pytest.mark.parametrize(("layout", "vectors"), [("a1111", 1), ("diffusers", 1), ("diffusers", 3)])
-def test_a_learned_word_is_what_diffusers_makes_of_it(pipe: Pipeline, tiny: Tiny, tmp_path: Path, layout: str, vectors: int) -> None:
+def test_a_learned_word_is_what_diffusers_makes_of_it(
+    pipe: Pipeline, tiny: Tiny, tmp_path: Path, layout: str, vectors: int
+) -> None:
     from diffusers import StableDiffusionPipeline
 
     file = word(tmp_path / "toy.safetensors", layout, vectors)
@@ -247,6 +266,22 @@ def test_a_learned_word_is_what_diffusers_makes_of_it(pipe: Pipeline, tiny: Tiny
     old, new = (p.bundle.text.encoder.embeddings.token_embedding.weight for p in (pipe, mine))
     assert len(new) == len(old) + vectors
     assert torch.equal(new[: len(old)], old)
+
+
+def test_the_end_of_a_prompt_is_found_below_the_new_words(pipe: Pipeline, tmp_path: Path) -> None:
+    """Where a configuration says 2 for the end token, the largest id is meant: of the model's own tokens."""
+    from dataclasses import replace
+
+    mine = adapted(pipe, embeddings=[f"{word(tmp_path / 'toy.safetensors', 'a1111', 1)}:<toy>"]).bundle.text
+    ids = torch.tensor(mine.tokenizer(["a <toy> on red"], 8))
+    wanted = mine.encoder(ids).pooler_output
+    own = mine.encoder.config
+    mine.encoder.config = replace(own, eos_token_id=2)
+    highest = int(ids[ids < own.vocab_size].max())
+    assert torch.equal(mine.encoder(ids).pooler_output, mine.encoder(ids).last_hidden_state[:, ids[0].tolist().index(highest)])
+    mine.encoder.config = replace(own, eos_token_id=highest)
+    assert torch.equal(mine.encoder(ids).pooler_output, mine.encoder(ids).last_hidden_state[:, ids[0].tolist().index(highest)])
+    assert wanted.shape == (1, 16)
 
 
 def test_two_words_and_what_is_no_word(pipe: Pipeline, tmp_path: Path) -> None:

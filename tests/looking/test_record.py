@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ldm_pipe import CFG, Between, Level, UsageError
 from ldm_pipe.codec import Identity
+from ldm_pipe.looking.preview import Linear, fit, to_file, to_terminal
+from ldm_pipe.looking.record import Recorder, read
 from ldm_pipe.model import Estimate
 from ldm_pipe.pipeline import Pipeline
-from ldm_pipe.preview import Linear, fit, to_file, to_terminal
-from ldm_pipe.record import Recorder, read
 from ldm_pipe.walk import Step
 
 Tiny = Callable[[str], Path]
@@ -150,7 +150,7 @@ def test_the_map_of_a_linear_codec_is_exact() -> None:
 
 def test_no_other_map_is_nearer_to_the_tiny_codec(pipe: Pipeline) -> None:
     """Its weights are random; a step away from the fit in any direction fits worse."""
-    from ldm_pipe.preview import _colours
+    from ldm_pipe.looking.preview import _colours
 
     codec, linear = pipe.bundle.codec, fit(pipe.bundle.codec)
     z = codec.encode(_colours(8 * codec.factor))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm_pipe import Pipeline, UsageError, recipe
 from ldm_pipe.cli import main
-from ldm_pipe.hires import Hires
+from ldm_pipe.doors.hires import Hires
 from ldm_pipe.image import to_tensor
 from ldm_pipe.levels import tail
 from ldm_pipe.noise import Noise

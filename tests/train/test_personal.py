@@ -1,0 +1,227 @@
+"""Textual inversion, DreamBooth, Custom Diffusion: what learns, what stays to the bit, and what the exports give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm_pipe import Cond, Pipeline, UsageError, adapted, load
+from train.__main__ import main
+from train.job import Job
+from train.loop import run
+from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion, merged
+from train.tasks.dreambooth import Dreambooth
+from train.tasks.lora import PEFT
+from train.tasks.textual_inversion import A1111, DIFFUSERS, TextualInversion
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures without captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
+    def task(kind: type, **fields: Any) -> Any:
+        table = {"path": str(photos), "cache": str(tmp_path / "cache"), "buckets": False, **fields.pop("data", {})}
+        usual: dict[type, dict[str, Any]] = {
+            TextualInversion: {"word": "<toy>", "begin": "fox", "templates": ("a {} on red", "the {}")},
+            Dreambooth: {"instance": "a fox on red", "prior": "a fox", "prior_images": 3},
+            CustomDiffusion: {"instance": "a <toy> fox", "word": "<toy>", "begin": "cat", "prior": "a fox", "prior_images": 3},
+        }
+        return kind(table, str(tiny("eps")), **{**usual[kind], **fields})
+
+    return task
+
+
+def job(folder: Path, **changes: Any) -> Job:
+    return replace(Job(str(folder), 4, batch=2, lr=1e-2, warmup=1, ema=0.5, log_every=1, save_every=2), **changes)
+
+
+def seen(model: Any) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    x, tokens = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 8, 16, generator=g)
+    with torch.no_grad():
+        return model.network(x, torch.tensor([500, 20]), Cond(tokens=tokens))
+
+
+def taught(task: Any, steps: int = 3) -> Any:
+    """The net of a task after some steps."""
+    net = task.net()
+    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 0.05)
+    for step in range(steps):
+        optimiser.zero_grad()
+        net(task.batch(0, range(2 * step, 2 * step + 2)))["loss"].backward()
+        optimiser.step()
+    return net
+
+
+# --- textual inversion
+
+
+def test_only_the_new_rows_move_and_the_files_give_them_back(make: Any, tiny: Any, tmp_path: Path) -> None:
+    task = make(TextualInversion, vectors=2).grouped(2)
+    plain = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
+    before = task.bundle.text(["a <toy> on red"]).tokens
+    table = plain.bundle.text.encoder.embeddings.token_embedding.weight
+    fox = int(plain.bundle.text.tokenizer(["fox"], 8)[0][1])
+    net = task.net()
+    assert [n for n, _ in net.named_parameters()] == ["branches.word.rows"]
+    assert torch.equal(net.branches["word"].rows, table[[fox, fox]])
+    assert torch.equal(task.bundle.text(["a <toy> on red"]).tokens, before)
+    net = taught(task)
+    rows = net.branches["word"].rows.detach()
+    assert float((rows - table[fox]).abs().min(dim=1).values.min()) > 0
+    held = task.bundle.text.encoder.embeddings.token_embedding.weight
+    assert torch.equal(held[: len(table)], table)
+    assert torch.equal(held[len(table) :], table[[fox, fox]])
+    assert all(torch.equal(a, b) for a, b in zip(task.bundle.model.parameters(), plain.bundle.model.parameters(), strict=True))
+    task.export(net, tmp_path)
+    for text in (f"{tmp_path / A1111}:<toy>", str(tmp_path / DIFFUSERS)):
+        mine = adapted(plain, embeddings=[text])
+        assert torch.allclose(
+            mine.bundle.text(["a <toy> on red"]).tokens, task.bundle.text(["a <toy> on red"]).tokens, atol=1e-6
+        )
+        assert not torch.allclose(mine.bundle.text(["a <toy> on red"]).tokens, before, atol=1e-3)
+
+
+def test_a_word_resumes_to_the_bit_and_says_what_is_wrong(make: Any, tmp_path: Path) -> None:
+    straight = run(make(TextualInversion), job(tmp_path / "a"))
+    for stop in (3, 0):
+        again = run(make(TextualInversion), job(tmp_path / "b", stop=stop))
+    assert (straight / A1111).read_bytes() == (again / A1111).read_bytes()
+    said = {make(TextualInversion).said(0, s) for s in (make(TextualInversion).dataset.seen(0, i) for i in range(12))}
+    assert said == {"a <toy> on red", "the <toy>"}
+    for fields, words in (({"begin": "two foxes"}, "one token"), ({"word": "fox"}, "is a token of the model already")):
+        with pytest.raises(UsageError, match=words):
+            make(TextualInversion, **fields).net()
+    for fields, words in (
+        ({"vectors": 0}, "1 to 75"),
+        ({"templates": ("a photo",)}, "where the word stands"),
+        ({"train_network": True}, "word alone"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            make(TextualInversion, **fields)
+
+
+# --- DreamBooth
+
+
+def test_the_loss_is_the_subjects_plus_the_priors(make: Any) -> None:
+    def loss(task: Any, **batch: Any) -> Tensor:
+        torch.manual_seed(0)
+        task = task.grouped(2)
+        return task.net()(task.batch(0, range(2)))["loss"].detach()
+
+    both = make(Dreambooth).grouped(2)
+    own = loss(make(Dreambooth, prior=""))
+    assert torch.allclose(loss(make(Dreambooth, prior_weight=0.0)), own, rtol=1e-5)
+    net = both.net()
+    prior = net(both._prior.batch(1, range(2)))["loss"].detach()
+    assert torch.allclose(loss(make(Dreambooth, prior_weight=0.7)), own + 0.7 * prior, rtol=1e-5)
+    assert not torch.allclose(own, prior, rtol=1e-2)
+
+
+def test_the_prior_is_drawn_once_by_the_model_itself(make: Any, tiny: Any, tmp_path: Path) -> None:
+    task = make(Dreambooth)
+    task.net()
+    folder = next((tmp_path / "cache").glob("prior-*"))
+    files = sorted(folder.iterdir())
+    assert len(files) == 3
+    mine = Pipeline(load(tiny("eps")))("a fox", seed=2).images[0]
+    assert np.abs(np.asarray(mine, int) - np.asarray(Image.open(files[2]), int)).max() <= 1
+    stamps = [f.stat().st_mtime_ns for f in files]
+    run(make(Dreambooth), job(tmp_path / "run"))
+    assert [f.stat().st_mtime_ns for f in files] == stamps
+    assert len(list((tmp_path / "cache").glob("prior-*"))) == 1
+    make(Dreambooth, prior_images=2).net()
+    assert len(list((tmp_path / "cache").glob("prior-*"))) == 2
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_it_resumes_to_the_bit_and_exports_branches_or_all(make: Any, tiny: Any, tmp_path: Path, full: bool) -> None:
+    straight = run(make(Dreambooth, full=full), job(tmp_path / "a"))
+    for stop in (3, 0):
+        again = run(make(Dreambooth, full=full), job(tmp_path / "b", stop=stop))
+    name = "unet/diffusion_pytorch_model.safetensors" if full else PEFT
+    assert (straight / name).read_bytes() == (again / name).read_bytes()
+    pipe = Pipeline.from_pretrained(str(straight if full else tiny("eps")), "cpu", "fp32", "sdpa")
+    assert (pipe if full else adapted(pipe, [str(straight / name)]))("a fox", seed=1, steps=2).images
+
+
+# --- Custom Diffusion
+
+
+def test_keys_values_and_the_word_learn_and_nothing_else(make: Any, tiny: Any, tmp_path: Path) -> None:
+    task = make(CustomDiffusion).grouped(2)
+    plain = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
+    net = task.net()
+    assert torch.equal(seen(task.bundle.model), seen(plain.bundle.model))
+    names = {n.replace("-", ".") for n in net.branches} - {"word"}
+    crossed = {n for n, _ in plain.bundle.model.network.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert names == crossed
+    net = taught(task)
+    task.export(net, tmp_path)
+    held = load_file(tmp_path / DIFFERENCES)
+    assert len(held) == len(crossed)
+    assert all(float(t.abs().max()) > 0 for t in held.values())
+    mine = adapted(plain, [str(tmp_path / DIFFERENCES)], [f"{tmp_path / A1111}:<toy>"])
+    assert torch.allclose(seen(mine.bundle.model), seen(task.bundle.model), atol=1e-5)
+    assert torch.allclose(mine.bundle.text(["a <toy>"]).tokens, task.bundle.text(["a <toy>"]).tokens, atol=1e-6)
+
+
+def test_the_first_token_teaches_nothing(make: Any) -> None:
+    branch = next(b for n, b in make(CustomDiffusion).net().branches.items() if n != "word")
+    tokens = torch.randn(2, 3, 16)
+    branch(tokens).sum().backward()
+    assert torch.allclose(branch.weight.grad, tokens[:, 1:].sum((0, 1)).expand_as(branch.weight), atol=1e-5)
+
+
+def test_the_merge_is_the_solution_of_the_constrained_problem() -> None:
+    """Against the KKT system of min |(W - W0) C_reg'|^2 under W C*' = V, solved whole."""
+    g = torch.Generator().manual_seed(0)
+    w0, regular = torch.randn(5, 8, generator=g).double(), torch.randn(40, 8, generator=g).double()
+    concepts = [(torch.randn(2, 8, generator=g).double(), w0 + torch.randn(5, 8, generator=g).double()) for _ in range(2)]
+    found = merged(w0, concepts, regular)
+    c = torch.cat([t for t, _ in concepts])
+    v = torch.cat([t @ w.T for t, w in concepts])
+    assert torch.allclose(c @ found.T, v, atol=1e-12)
+    gram = regular.T @ regular
+    whole = torch.cat([torch.cat([gram, c.T], 1), torch.cat([c, torch.zeros(4, 4).double()], 1)])
+    solved = torch.linalg.solve(whole, torch.cat([gram @ w0.T, v]))[:8].T
+    assert torch.allclose(found, solved, atol=1e-12)
+    assert torch.allclose(merged(w0, [(c, w0)], regular), w0, atol=1e-12)
+    twice = [(torch.cat([concepts[0][0], concepts[0][0]]), concepts[0][1])]
+    assert torch.allclose(merged(w0, twice, regular), merged(w0, concepts[:1], regular), atol=1e-12)
+    with pytest.raises(UsageError, match="give more captions, or a ridge"):
+        merged(w0, concepts, regular[:5])
+    assert torch.allclose(c @ merged(w0, concepts, regular[:5], 0.1).T, v, atol=1e-10)
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", ["textual_inversion", "dreambooth", "custom_diffusion"])
+def test_the_recipes_run_from_the_command_line(name: str, photos: Path, tiny: Any, tmp_path: Path, capsys: Any) -> None:
+    words = ["--config", f"configs/{name}.toml", "--set", f"data.path={photos}", "--set", f"task.model={tiny('v')}"]
+    words += ["--set", f"data.cache={tmp_path / 'cache'}", "--set", f"job.output={tmp_path / 'run'}"]
+    words += ["--set", "job.steps=2", "--set", "job.batch=2"]
+    words += [] if name == "textual_inversion" else ["--set", "task.prior_images=2"]
+    words += [] if name == "dreambooth" else ["--set", "task.begin=fox"]
+    assert main(["check", *words]) == 0, capsys.readouterr().out
+    assert main(words) == 0, capsys.readouterr().err
+    assert list((tmp_path / "run" / "export").glob("*.safetensors"))
