@@ -85,15 +85,16 @@ def parser() -> argparse.ArgumentParser:
         "several add up")
     add("--embedding", action="append", metavar="FILE[:WORD]", help="a learned word (textual inversion) for the prompts")
     add("--hires", metavar="2x", help="draw at the model's own size, then enlarge and draw over (--set hires.strength=0.5)")
-    add("--filter-hallucinations", metavar="X", help="keep this share of the images drawn, those whose estimate wavers least at "
+    add("--filter-hallucinations", metavar="X", help="keep this share of the images, those whose estimate wavers least at "
         "the end: 0.5 draws twice as many as are written")
     add("--attention-maps", metavar="DIR", help="also write where each image looks at each word, one sheet an image")
-    add("--patch", action="append", metavar="PATCH", help='what changes the network for the run, such as "deepcache(2)"; may be '
+    add("--patch", action="append", metavar="PATCH", help='what changes the network for a run, such as "deepcache(2)"; may be '
         "given several times (--list patches)")
     add("--speed", metavar="NAME", help=f"patches by name: {', '.join(SPEED)} (exact changes no bit)")
     add("--restore", metavar="OPERATOR", help='what degraded --input, such as "pool(4)" or "mask(half)" (--list operators)')
     add("--input", metavar="FILE", help="with --restore: the degraded picture; with --edit: the picture to edit")
-    add("--method", metavar="NAME", help="of --restore (default: dps) and --mask (default: keep): see --list restorations (--set restore.scale=1); of "
+    add("--method", metavar="NAME", help="of --restore (default: dps) and --mask (default: keep): "
+        "see --list restorations (--set restore.scale=1); of "
         "--edit: see --list editings (default: prompt_to_prompt)")
     _of_the_run(add)
     return p
@@ -110,7 +111,7 @@ def _of_the_run(add: Callable[..., Any]) -> None:
     add("--force", action="store_true", help="overwrite existing files")
     add("--record", metavar="FILE", help="write levels, estimates, guidance and evaluations of every step as .safetensors")
     add("--preview", metavar="FILE", help="show the estimate after every step, in a picture file or in the terminal (terminal)")
-    add("--sweep", nargs="+", metavar="K=V,V", help="all combinations from the same noise as one labelled sheet and a JSON file, "
+    add("--sweep", nargs="+", metavar="K=V,V", help="all combinations from one noise as one labelled sheet and a JSON file, "
         "such as sampler=ddim,euler steps=10,20 sampler.eta=0,1")
     add("--check", action="store_true", help="load --model, say what it is and what an image will take, and exit")
     add("--doctor", action="store_true", help="compare dtypes and attention backends on this machine, and exit")

@@ -24,7 +24,8 @@ SETTINGS = (
     "batch_size", "strength",
 )  # fmt: skip
 WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype", "attention")
-WITH_REPLAY = ("replay", "verify", "output", "force", "init_image", "mask", "input", "control", "control_image", "lora", "embedding", *WITH_SHOW[1:])
+FILES = ("init_image", "mask", "input", "control", "control_image", "lora", "embedding")
+WITH_REPLAY = ("replay", "verify", "output", "force", *FILES, *WITH_SHOW[1:])
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Request:
         if self.filter_hallucinations is None:
             return Filter()
         if self.sweep or any(v is not None for v in pictures):
-            raise UsageError("--filter-hallucinations goes with a prompt alone, not with a picture, --hires, --sweep or --record")
+            raise UsageError("--filter-hallucinations goes with a prompt alone: no picture, --hires, --sweep, --record")
         return Filter(self.filter_hallucinations)
 
     def controls(self) -> Controls:

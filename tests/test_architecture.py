@@ -17,16 +17,28 @@ OURS = [p for p in SOURCES if p.relative_to(ROOT).parts[0] == "ldm_pipe"]
 CORE = ("level", "path", "prediction", "cond", "model", "noise", "walk", "levels")
 # A file imports only files of a lower rank; a file that is not named here is a method, rank 5.
 METHOD = 5
-RANKS = {
-    "errors": 0, "backends": 2, "level": 1, "level_file": 1, "strict": 1, "settings": 1, "image": 1, "files": 1, "prediction": 2, "path": 2, "noise": 2,
-    "cond": 2, "levels": 2, "registry": 2, "expansion": 2, "runge_kutta": 2, "model": 3, "attention": 3, "samplewise": 1, "reuse": 3, "ahead": 3, "walk": 4, "blocks": 4, "patch": 4, "perturb": 4, "prepare": 4, "families": 2, "hub": 2, "inputs": 3, "tokens": 2,
-    "weights": 3, "codec": 3, "text": 3, "parts": 4, "restore.spectrum": 3, "restore.operator": 4, "loading": 6, "channels": 6, "memory": 6, "plan": 7, "pipeline": 8,
-    "doors.edit": 9, "doors.restoration": 9, "doors.patches": 9, "doors.controls": 9, "doors.hires": 9, "doors.hallucinations": 9, "looking.attention_maps": 9, "lora_names": 6, "lora_delta": 1, "lora": 7, "embedding": 8, "doors.adapters": 9, "replay": 10, "looking.flags": 9, "analysis.efficiency": 6, "looking.record": 8, "looking.preview": 8, "looking.sweep": 9, "looking.doctor": 9, "looking.watch": 10, "request": 10, "batch": 10, "looking.compare": 11, "check": 11, "commands": 12, "cli": 13, "__main__": 14,
-}  # fmt: skip
+LAYERS = {
+    0: "errors",
+    1: "files image level level_file lora_delta samplewise settings strict",
+    2: "backends cond expansion families hub levels noise path prediction registry runge_kutta tokens",
+    3: "ahead attention codec inputs model restore.spectrum reuse text weights",
+    4: "blocks parts patch perturb prepare restore.operator walk",
+    6: "analysis.efficiency channels loading lora_names memory",
+    7: "lora plan",
+    8: "embedding looking.preview looking.record pipeline",
+    9: "doors.adapters doors.controls doors.edit doors.hallucinations doors.hires doors.patches doors.restoration "
+    "looking.attention_maps looking.doctor looking.flags looking.sweep",
+    10: "batch looking.watch replay request",
+    11: "check looking.compare",
+    12: "commands",
+    13: "cli",
+    14: "__main__",
+}
+RANKS = {name: rank for rank, names in LAYERS.items() for name in names.split()}
 # What others of the package wrap or are made of.
 SIBLINGS = {
-    "ldm_pipe.guidance.cfg", "ldm_pipe.networks.stages", "ldm_pipe.networks.unet", "ldm_pipe.editing.pairs", "ldm_pipe.editing.invert",
-    "ldm_pipe.restore.latent",
+    "ldm_pipe.guidance.cfg", "ldm_pipe.networks.stages", "ldm_pipe.networks.unet", "ldm_pipe.editing.pairs",
+    "ldm_pipe.editing.invert", "ldm_pipe.restore.latent",
     "ldm_pipe.editing.local_blend",  # which prompt-to-prompt may put around the sampler
 }  # fmt: skip
 HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}

@@ -59,8 +59,8 @@ def test_every_sampler_draws_on_the_ground_that_is_asked(pipe: Pipeline, sampler
 
 @pytest.mark.parametrize("spacing", sorted(registry.KINDS["spacing"]))
 def test_every_spacing_draws_on_the_ground_that_is_asked(pipe: Pipeline, spacing: str) -> None:
-    ends = dict.fromkeys(("karras", "exponential", "lambda"), {"sigma_min": 0.02, "sigma_max": 50.0})
-    options = ends | {"file": {"values": tuple(k / 20 for k in range(20, 0, -1)), "unit": "u"}}
+    options = {name: {"sigma_min": 0.02, "sigma_max": 50.0} for name in ("karras", "exponential", "lambda")}
+    options |= {"file": {"values": tuple(k / 20 for k in range(20, 0, -1)), "unit": "u"}}
     assert near(pipe, scenes("one", 8), spacing=spacing, spacing_set=options.get(spacing, {}), steps=20) >= 0.8
 
 

@@ -1,1 +1,1 @@
-"""What the command line asks for beyond a prompt, one door a file: each checks what it is given without torch, then changes a plan."""
+"""What the command line asks for beyond a prompt, a door a file: checks that need no torch, then a changed plan."""

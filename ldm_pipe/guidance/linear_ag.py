@@ -43,7 +43,8 @@ class Fit:
     def __post_init__(self) -> None:
         count = len(self.levels)
         sizes = [(t + 1, sum(exact(i, count) for i in range(t))) for t in range(count)]
-        if [(len(a), len(b)) for a, b in zip(self.own, self.other, strict=False)] != sizes:
+        given = [(len(a), len(b)) for a, b in zip(self.own, self.other, strict=False)]
+        if not len(self.own) == len(self.other) == count or given != sizes:
             raise UsageError("a fit holds t + 1 numbers for evaluation t, and one for every negative noise that is known there")
 
     @classmethod

@@ -34,8 +34,10 @@ def index(tar: Path) -> list[Member]:
     try:
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["stamp"] == stamp:
-            return [Member(str(tar), *m) for m in found["members"]]
-    except (OSError, ValueError, KeyError, TypeError):
+            kept_members = [Member(str(tar), *m) for m in found["members"]]
+            if all(0 <= m.offset <= m.offset + m.size <= stat.st_size for m in kept_members):
+                return kept_members
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     try:
         with tarfile.open(tar, "r:") as archive:
