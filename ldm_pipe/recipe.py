@@ -36,7 +36,7 @@ class Recipe:
 
     sources: SHA-256 of the pixels an edit started from. edit, restoration: the fields of the `Edit` or the `Restoration` it
     was. hires: of the second pass; height and width are the first's. filtered: the share of images that was kept.
-    controls, adapters: name, digest and settings of each. patches: as --patch takes them, those of the preset `speed` among them.
+    controls, adapters: name, digest and settings of each. patches: as --patch takes them, those of `speed` among them.
     digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
     """
 

@@ -144,11 +144,16 @@ def test_magnitudes_at_scale_0_and_the_rank_stabilised_scale(pipe: Pipeline, tmp
     down, up = factors(layer, 4, 0)
     low = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     save_file({**low, f"unet.{name}.lora_magnitude_vector": torch.ones(len(layer.weight))}, tmp_path / "dora.safetensors")
-    new = [
-        lora.parts(adapted(pipe, [f"{tmp_path}/dora.safetensors:{s}"]).bundle)["network"].get_submodule(name) for s in (0, 1)
-    ]
-    assert new[0].weight is layer.weight
-    assert torch.allclose(new[1].weight.norm(dim=1), torch.ones(len(layer.weight)))
+    said = json.dumps({"unet.r": 4, "unet.lora_alpha": 3, "unet.use_rslora": True})
+    save_file(low, tmp_path / "rs.safetensors", metadata={lora.METADATA: said})
+
+    def new(text: str) -> Tensor:
+        mine: Any = lora.parts(adapted(pipe, [f"{tmp_path}/{text}"]).bundle)["network"].get_submodule(name)
+        return mine.weight
+
+    assert new("dora.safetensors:0") is layer.weight
+    assert torch.allclose(new("dora.safetensors").norm(dim=1), torch.ones(len(layer.weight)))
+    assert torch.allclose(new("rs.safetensors"), layer.weight + 1.5 * up @ down, atol=1e-6)
 
 
 def test_every_kind_of_delta_against_its_formula() -> None:

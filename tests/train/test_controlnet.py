@@ -122,6 +122,11 @@ def test_what_is_learned_is_what_the_door_applies(make: Any, tiny: Any, tmp_path
             with changed(network, {"": [change]}):
                 outs.append(model.network(x, torch.tensor([500]), Cond(tokens=tokens)))
     assert torch.equal(*outs)
+    both, hints, more = torch.cat([x, x]), torch.cat([hint, 1 - hint]), torch.cat([tokens, tokens])
+    with torch.no_grad(), changed(network, {"": [controlnet(beside, network, hints)]}):
+        rows = model.network(both, torch.tensor([500, 500]), Cond(tokens=more))
+    assert torch.allclose(rows[:1], outs[0], atol=1e-5)
+    assert not torch.allclose(rows[1:], outs[0], atol=1e-3)
 
 
 def test_hints_are_given_or_edges(make: Any, photos: Path, tiny: Any) -> None:
