@@ -50,9 +50,11 @@ def _list(kind: str) -> int:
         raise UsageError("--list " + unknown("kind", kind, ["all", "words", *PLURALS]))
     for plural in PLURALS if kind == "all" else (kind,):
         print(f"{plural}:")
-        for entry in registry.entries(PLURALS[plural]):
+        found = registry.entries(PLURALS[plural])
+        wide = max(len(entry.name) for entry in found)
+        for entry in found:
             fields = ", ".join(f"{n}={d}" for n, d in entry.fields if "(" not in d)  # not the wrapped rule
-            print(f"  {entry.name:<10} {entry.summary}" + (f"\n{'':13}{fields}" if fields else ""))
+            print(f"  {entry.name:<{wide}} {entry.summary}" + (f"\n{'':{wide + 3}}{fields}" if fields else ""))
     return 0
 
 
