@@ -186,7 +186,7 @@ def quiet() -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder. Raises ModelError naming the file."""
     if not path.is_file():
-        raise ModelError(f"{path.parent.name} has no {path.name}; a model is a folder in diffusers' layout")
+        raise ModelError(f"{path.resolve().parent.name} has no {path.name}; a model is a folder in diffusers' layout")
     if path.stat().st_size > LONGEST_JSON:
         raise ModelError(f"{path.parent.name}/{path.name} is longer than {LONGEST_JSON} bytes; no configuration is")
     try:

@@ -156,7 +156,7 @@ def header(file: Path, alone: bool = False) -> dict[str, tuple[str, tuple[int, .
     """
     if not alone:
         inside(file)
-    where = f"{file.parent.name}/{file.name}"
+    where = "/".join(file.parts[-2:])
     if not file.is_file():
         raise ModelError(f"{where} is missing, or no file; only safetensors is read")
     with file.open("rb") as data:

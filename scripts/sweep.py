@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=90, help="in all, of the three kinds in equal parts")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
-    base = {"sampler_set": {}, "spacing_set": {}, "batch_size": 50}
+    base = {"sampler": None, "spacing": None, "sampler_set": {}, "spacing_set": {}, "batch_size": 50}
     try:
         runs = list(Looking(sweep=tuple(args.sweep)).runs(base))
     except UsageError as error:
