@@ -78,6 +78,7 @@ KINDS: dict[str, dict[str, str]] = {
         "classifier": "ldm_pipe.guidance.classifier:Classifier",
         "clip": "ldm_pipe.guidance.clip:Clip",
         "experts": "ldm_pipe.guidance.classifier:Experts",
+        "refine": "ldm_pipe.guidance.stages:Refine",
     },
     "spacing": {
         "align_your_steps": "ldm_pipe.spacings.align_your_steps:align_your_steps",

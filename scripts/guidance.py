@@ -29,7 +29,8 @@ from train.world.scenes import Scene, captions
 
 KINDS = (("one", "train"), ("two", "train"), ("count", "train"), ("two", "pair"))
 BATCH = 50
-# What is measured: texts of `--guide`, S the model's own scale; None is made below.
+# What is measured: texts of `--guide`, S the model's own scale; None is made below. This U-Net hardly uses its middle, where
+# the perturbed branches look by default.
 RULES: dict[str, str | None] = {
     "none": "cfg(1)",
     "cfg": "cfg(S)",
@@ -48,10 +49,10 @@ RULES: dict[str, str | None] = {
     "perp_neg": "perp_neg(S, ('text:a picture',))",
     "autoguidance": None,
     "noise_damped": None,
-    "pag": "cfg(S) | pag(1)",
-    "seg": "cfg(S) | seg(1)",
-    "sag": "cfg(S) | sag(0.5)",
-    "skip_layer": "cfg(S) | skip_layer(1)",
+    "pag": "cfg(S) | pag(1, layers='up_blocks.1')",
+    "seg": "cfg(S) | seg(1, layers='up_blocks.1')",
+    "sag": "cfg(S) | sag(0.5, layers='up_blocks.1')",
+    "skip_layer": "cfg(S) | skip_layer(1, layers='up_blocks.1')",
     "clip": "cfg(S) | clip(50)",
 }
 NOTE = """# Rules of guidance on the built-in model

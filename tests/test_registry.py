@@ -36,7 +36,7 @@ VALUES: dict[str, Any] = {
     "lo": 0.1, "hi": 0.9, "sampler": DDIM(), "codec": Identity(),
     "measurement": Measurement(Mask(), torch.zeros(1, 3, 8, 8), 0.1),
     "background": torch.zeros(1, 4, 8, 8), "keep": torch.ones(1, 1, 8, 8),
-    "log_prob": Sum(), "experts": (Sum(),), "hint": torch.zeros(1, 3, 8, 8),
+    "log_prob": Sum(), "by": Sum(), "below": 0.2, "experts": (Sum(),), "hint": torch.zeros(1, 3, 8, 8),
     "network": torch.nn.Identity(), "features": (torch.zeros(1, 4, 8, 8),), "direction": torch.ones(4),
     "fit": Fit("ddim", 0, 5.0, (), (), ()),
 }  # fmt: skip
