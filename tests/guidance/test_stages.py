@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import VP, Flow, Gaussian, Level, Noise, UsageError, build, levels, sample, trajectory
-from ldm_pipe.model import Estimate
 from ldm_pipe.guidance.stages import Refine, Relay
+from ldm_pipe.model import Estimate
 
 INDEX = torch.arange(8, dtype=torch.float64)
 PRIOR = Gaussian(INDEX.sin(), 0.9 ** (INDEX[:, None] - INDEX).abs())
