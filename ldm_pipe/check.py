@@ -39,6 +39,8 @@ def examine(request: Request) -> int:
 
 def facts(pipe: Pipeline, height: int, width: int, steps: int) -> dict[str, Any]:
     """What a loaded model is, and what an image takes: bytes of memory, and seconds, scaled by the area from a small image."""
+    from ldm_pipe.lora import modules
+
     b = pipe.bundle
     parts = {"network": b.model, "codec": b.codec, "text": b.text}
     return {
@@ -72,18 +74,6 @@ def _seconds(pipe: Pipeline, height: int, width: int) -> float:
         b.model(x, Level(0.5, 0.5), cond)
     took = time.perf_counter() - started
     return (1 if b.embeds else 2) * took * height * width / (side * b.codec.factor) ** 2
-
-
-def modules(part: Any) -> Iterator[Any]:
-    """The networks in a part, however deep in its fields."""
-    if hasattr(part, "parameters"):
-        yield part
-    elif isinstance(part, tuple):
-        for item in part:
-            yield from modules(item)
-    elif dataclasses.is_dataclass(part):
-        for field in dataclasses.fields(part):
-            yield from modules(getattr(part, field.name))
 
 
 def files_of(model: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -38,18 +38,19 @@ def copied(bundle: Bundle) -> Bundle:
 
 def encoders(text: Any) -> dict[str, nn.Module]:
     """The text encoders of a family in their order: "text_encoder", "text_encoder_2", ..."""
-    return {f"text_encoder_{k}" if k > 1 else "text_encoder": m for k, m in enumerate(_modules(text), 1)}
+    return {f"text_encoder_{k}" if k > 1 else "text_encoder": m for k, m in enumerate(modules(text), 1)}
 
 
-def _modules(value: Any) -> Iterator[nn.Module]:
+def modules(value: Any) -> Iterator[nn.Module]:
+    """The networks in a part of a bundle, however deep in its fields."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, tuple):
         for item in value:
-            yield from _modules(item)
+            yield from modules(item)
     elif dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
-            yield from _modules(getattr(value, f.name))
+            yield from modules(getattr(value, f.name))
 
 
 def parts(bundle: Bundle) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm_pipe.guidance.cfg import CFG
 from ldm_pipe.level import Level
 from ldm_pipe.model import Estimate
 from ldm_pipe.prediction import EPS
@@ -26,21 +27,21 @@ class TCFG:
     positive: str = "cond"
     negative: str = "uncond"
 
+    @property
+    def plain(self) -> CFG:
+        """What it is where there is nothing to damp."""
+        return CFG(self.scale, self.positive, self.negative)
+
     def needs(self, level: Level) -> tuple[str, ...]:
         """Both branches, or the positive one at scale 1."""
-        return (self.positive,) if self.scale == 1 else (self.positive, self.negative)
+        return self.plain.needs(level)
 
     def __call__(self, estimates: Mapping[str, Estimate], x: Tensor, level: Level) -> Estimate:
         """The guided estimate."""
-        p = estimates[self.positive]
-        if self.scale == 1:
-            return p
-        n = estimates[self.negative]
-        if level.alpha != 0 and level.sigma != 0:
-            noise = damped(p.noise, n.noise)
-            n = Estimate(EPS.x0(x, noise, level), noise)
-        more = self.scale - 1
-        return Estimate(p.x0 + more * (p.x0 - n.x0), p.noise + more * (p.noise - n.noise), p.log_var)
+        if self.scale != 1 and level.alpha != 0 and level.sigma != 0:
+            noise = damped(estimates[self.positive].noise, estimates[self.negative].noise)
+            estimates = {**estimates, self.negative: Estimate(EPS.x0(x, noise, level), noise)}
+        return self.plain(estimates, x, level)
 
 
 def damped(p: Tensor, n: Tensor) -> Tensor:
