@@ -1,7 +1,9 @@
 """Measure editing on the built-in model: change the object, or the background's colour, in generated and in real pictures.
 
-    python scripts/editing.py                                     # everything, into docs/results/editing.{json,md,png}
-    python scripts/editing.py --pictures 20 --only null_text      # one row of the table anew
+    python scripts/editing.py                                          # everything, into docs/results/editing.{json,md,png}
+    python scripts/editing.py --pictures 20 --only null_text           # one row of the table anew; the others stay
+    python scripts/editing.py --source real --skip null_text --skip fixed_point
+    python scripts/editing.py --sheet                                  # only editing.png
 
 The grader says whether an edit shows what its prompt says; what was kept is the root mean square by which pixels that had no
 reason to change did: outside the object's box where the object changes, inside the object where its background does. Generated
@@ -30,6 +32,7 @@ from train.world.grader import holds, read
 from train.world.scenes import SIZE, Scene, captions
 
 SHOWN = 4  # pictures of each kind on the sheet
+SOURCES = ("generated", "real")
 Row = Callable[[Pipeline, "Case"], Image.Image]
 
 
@@ -99,7 +102,7 @@ def measured(images: list[Image.Image], given: list[Case]) -> dict[str, float]:
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown, a table for every kind of picture."""
     text = f"# Editing, measured\n\n{str(__doc__).split(chr(10) * 2)[2]}"
-    for source in ("generated", "real"):
+    for source in SOURCES:
         cells = [found.get(f"{source} {kind}", {}) for kind in KINDS]
         text += f"\n| {source} pictures | object: right | outside moved | background: right | object moved |\n{'|---' * 5}|\n"
         for name in dict.fromkeys(name for cell in cells for name in cell):
@@ -113,30 +116,47 @@ def entry(v: dict[str, float] | None) -> str:
     return f"{v['right']:.0f} ({v['low']:.0f} to {v['high']:.0f}) | {v['moved']:.1f}" if v else "- | -"
 
 
+def cell(pipe: Pipeline, source: str, kind: str, count: int, chosen: list[str], folder: Path) -> None:
+    """Measure rows for one kind of pictures and edits; each row is on disk as soon as it is measured."""
+    given = cases(pipe, source, kind, count)
+    for name, row in rows(source).items():
+        if name in chosen:
+            started, images = time.time(), [row(pipe, c) for c in given]
+            path = folder / "editing.json"
+            found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            found.setdefault(f"{source} {kind}", {})[name] = result = measured(images, given)
+            write(folder, "editing", found, table(found))
+            print(f"{source} {kind}, {name}: {entry(result)} ({time.time() - started:.1f} s)", flush=True)
+
+
+def sheet(pipe: Pipeline, folder: Path) -> None:
+    """A few pictures of every kind, each with all its edits."""
+    strips = []
+    for source, kind in ((s, k) for s in SOURCES for k in KINDS):
+        given = cases(pipe, source, kind, SHOWN)
+        strips += [[c.picture, *(row(pipe, c) for name, row in rows(source).items() if name != "no edit")] for c in given]
+    wide, blank = max(len(s) for s in strips), Image.new("RGB", (SIZE, SIZE), "white")
+    whole = image.grid([i for s in strips for i in (*s, *[blank] * (wide - len(s)))], wide)
+    files.write(folder / "editing.png", recipe.encode(whole, None), replace=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=100, help="in every cell")
-    parser.add_argument("--only", help="a row, such as null_text; the others and the sheet stay as they are")
+    parser.add_argument("--only", action="append", default=[], metavar="ROW", help="a row, such as null_text")
+    parser.add_argument("--skip", action="append", default=[], metavar="ROW")
+    parser.add_argument("--source", action="append", default=[], choices=SOURCES)
+    parser.add_argument("--sheet", action="store_true", help="only the sheet of pictures")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
-    pipe, path, strips, begun = Pipeline.from_pretrained(), args.output / "editing.json", list[list[Image.Image]](), time.time()
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for source, kind in ((s, k) for s in ("generated", "real") for k in KINDS):
-        given, cell = cases(pipe, source, kind, args.pictures), found.setdefault(f"{source} {kind}", {})
-        strip = [[c.picture] for c in given[:SHOWN]]
-        for name, row in rows(source).items():
-            if args.only in (None, name):
-                started, images = time.time(), [row(pipe, c) for c in given]
-                cell[name], strip = measured(images, given), [[*s, i] for s, i in zip(strip, images, strict=False)]
-                print(f"{source} {kind}, {name}: {entry(cell[name])} ({time.time() - started:.1f} s)", flush=True)
-        strips += strip
-        write(args.output, "editing", found, table(found))
-    if args.only is None:
-        wide, blank = max(len(s) for s in strips), Image.new("RGB", (SIZE, SIZE), "white")
-        sheet = image.grid([i for s in strips for i in (*s, *[blank] * (wide - len(s)))], wide)
-        files.write(args.output / "editing.png", recipe.encode(sheet, None), replace=True)
-    took = (time.time() - begun) / 60
-    print(f"{took:.0f} minutes for {args.pictures} picture(s) a cell; 100 take {100 * took / args.pictures:.0f}")
+    pipe, begun = Pipeline.from_pretrained(), time.time()
+    if not args.sheet:
+        for source, kind in ((s, k) for s in args.source or SOURCES for k in KINDS):
+            chosen = [name for name in rows(source) if name not in args.skip and (not args.only or name in args.only)]
+            cell(pipe, source, kind, args.pictures, chosen, args.output)
+    if args.sheet or not (args.only or args.skip or args.source):
+        sheet(pipe, args.output)
+    print(f"{(time.time() - begun) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from train.loop import run
 from train.tasks.clip import Clip
 from train.tasks.codec import Codec
 from train.tasks.latent import Latent
+from train.world import render
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +73,45 @@ def test_the_untrained_network_starts_at_zero(stages: Path) -> None:
 
 
 def test_training_goes_on_from_an_exported_model(stages: Path) -> None:
-    from dataclasses import replace
-
     folder = stages / "model" / "export"
     net = replace(latent(stages), start=str(folder)).net()
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(weights[n], t) for n, t in net.model.network.unet.state_dict().items())
+
+
+def test_slots_say_what_stands_where_whatever_the_phrasing() -> None:
+    from train.tasks.latent import SLOTS, _slots
+    from train.world import Scene, objects
+    from train.world.scenes import Placed
+
+    fox, owl = (1 + objects().index(n) for n in ("fox", "owl"))
+    placed = Placed("fox", 24, 2, 2), Placed("owl", 24, 34, 2)
+    for scene, filled in (
+        (Scene("one", "red", placed[:1]), {"one": fox}),
+        (Scene("two", "red", placed, "left of"), {"left of": fox, "right of": owl}),
+        (Scene("two", "red", placed[::-1], "right of"), {"left of": fox, "right of": owl}),
+        (Scene("two", "red", placed, "below"), {"below": fox, "above": owl}),
+        (Scene("count", "red", (placed[0],) * 3), {"three": fox}),
+    ):
+        assert _slots(scene) == [filled.get(slot, 0) for slot in SLOTS]
+
+
+def test_parsing_adds_its_term_for_the_text_encoder_alone(stages: Path) -> None:
+    batch = latent(stages).batch(0, range(4))
+    plain, net = latent(stages).net(), replace(latent(stages), parse=0.5).net()
+    net.text.load_state_dict(plain.text.state_dict())
+    without, terms = plain(batch), net(batch)
+    assert torch.equal(terms["loss"], without["loss"] + 0.5 * terms["parse"])  # the U-Net's output is zero in both
+    (0.5 * terms["parse"]).backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in net.text.named_parameters() if "layers.0.mlp" in n)
+    assert all(p.grad is None for p in net.model.parameters())
+    optimiser = torch.optim.Adam([*net.text.parameters(), *net.reader.parameters()], 1e-2)
+    for _ in range(40):
+        optimiser.zero_grad()
+        learned = net(batch)["parse"]
+        learned.backward()
+        optimiser.step()
+    assert learned < 0.1 * terms["parse"]
 
 
 def test_a_batch_is_a_pure_function_of_its_ids(stages: Path) -> None:
@@ -101,6 +136,10 @@ def test_latents_have_unit_scale_and_a_key_of_their_own(stages: Path, tmp_path: 
     assert len(list(tmp_path.iterdir())) == 1
     LatentCache.of(vae, 65, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+    with pytest.MonkeyPatch.context() as patch:  # another world has latents of its own
+        patch.setattr("train.data.latents.render", lambda scene: 255 - render(scene))
+        LatentCache.of(vae, 65, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
     order = [cache.row(0, i) for i in range(128)]
     assert sorted(order[:64]) == sorted(order[64:]) == list(range(64))
     assert order[:64] != order[64:]

@@ -28,9 +28,10 @@ class LatentCache:
 
     @classmethod
     def of(cls, vae: Path, scenes: int, folder: Path | None = None) -> LatentCache:
-        """Read the cache that belongs to this codec, or make it. A changed codec has another key, so another file."""
+        """Read the cache that belongs to this codec and this world, or make it. Where either changed the key is another."""
         digest = files.sha256(vae / "diffusion_pytorch_model.safetensors") + files.sha256(vae / "config.json")
-        key = hashlib.sha256(f"{digest} scenes {SEED} {scenes} fp16".encode()).hexdigest()[:16]
+        world = hashlib.sha256(b"".join(render(scene_at(SEED, i)[0]).tobytes() for i in range(64))).hexdigest()
+        key = hashlib.sha256(f"{digest} {world} scenes {SEED} {scenes} fp16".encode()).hexdigest()[:16]
         path = (folder or vae.parent.parent) / f"latents-{key}.safetensors"
         if not path.exists():
             files.write(path, save({"latents": _encode(vae, range(scenes))}), replace=True)
