@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from ldm_pipe import files
 from ldm_pipe.errors import EnvironmentFault, NumericalError, UsageError
+from train import optimisers
 from train.ema import Ema
 from train.post_hoc import PowerAverage
+from train.scale import like, whole_dict
 
 FORMAT = 2
 READS = (1, 2)  # 1 had no `facts` and no `state`
@@ -29,18 +31,20 @@ READS = (1, 2)  # 1 had no `facts` and no `state`
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint a run goes on from. step: steps that are done (0: a new run). state: what the loop had put in."""
+    """The checkpoint a run goes on from. step: steps that are done (0: a new run). state: what the loop had put in. optimiser:
+    the tensors and numbers of its state (empty: it begins anew)."""
 
     step: int = 0
     state: Mapping[str, Any] = field(default_factory=dict)
+    optimiser: tuple[Mapping[str, Tensor], Mapping[str, Any]] = ({}, {})
 
 
 @dataclass(frozen=True)
 class Keeper:
     """Writes and reads the checkpoints of one run.
 
-    facts: flat names and values that must not differ when a run goes on. averages: further ones, of which every checkpoint
-    leaves a snapshot in `<output>/averages`.
+    facts: flat names and values that must not differ when a run goes on; assumed: what those stand for that a checkpoint of an
+    older version lacks. averages: further ones, of which every checkpoint leaves a snapshot in `<output>/averages`.
     """
 
     output: Path
@@ -50,23 +54,30 @@ class Keeper:
     facts: Mapping[str, Any] = field(default_factory=dict)
     keep: int = 2
     averages: Sequence[PowerAverage] = ()
+    assumed: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write the state after `step` steps; older checkpoints beyond `keep` go only after the new one is read back.
+    def save(self, step: int, state: Mapping[str, Any], write: bool = True) -> Path:
+        """Write the state after `step` steps; older checkpoints beyond `keep` go only after the new one is read back. write:
+        False on the processes that only lend their shards.
 
         Raises NumericalError, and writes nothing, where a weight is not finite; EnvironmentFault where the disk is full.
         """
-        _check_finite({**self.net.state_dict(), **{f"ema.{n}": t for n, t in self.ema.shadow.items()}}, step)
+        held = {"weights": self.net.state_dict(), "ema": self.ema.shadow}
+        held |= {f"average-{i}": average.shadow for i, average in enumerate(self.averages)}
+        held = {
+            name: whole_dict(tensors) for name, tensors in {**held, "optimiser": optimisers.tensors(self.optimiser)}.items()
+        }
+        _check_finite({**held["weights"], **{f"ema.{n}": t for n, t in held["ema"].items()}}, step)
         folder = self.output / f"step-{step:06d}"
+        if not write:
+            return folder
         try:
             with files.new_folder(folder, replace=True) as temp:
-                save_file(_owned(self.net.state_dict()), temp / "weights.safetensors")
-                save_file(_owned(self.ema.shadow), temp / "ema.safetensors")
-                for i, average in enumerate(self.averages):
-                    save_file(_owned(average.shadow), temp / f"average-{i}.safetensors")
-                save_file(_optimiser_tensors(self.optimiser), temp / "optimiser.safetensors")
+                for name, tensors in held.items():
+                    save_file(_owned(tensors), temp / f"{name}.safetensors")
                 sums = {f.name: files.sha256(f) for f in sorted(temp.glob("*.safetensors"))}
                 manifest = {"format": FORMAT, "step": step, "sha256": sums, "facts": dict(self.facts), "state": dict(state)}
+                manifest["optimiser"] = optimisers.numbers(self.optimiser)
                 (temp / "manifest.json").write_text(json.dumps(manifest, indent=1))
         except SafetensorError as error:
             raise EnvironmentFault(f"cannot write {str(folder)!r}: {error}") from error
@@ -79,11 +90,26 @@ class Keeper:
             shutil.rmtree(old, ignore_errors=True)
         return folder
 
-    def to(self, device: torch.device) -> None:
-        """Keep the averages on a device."""
-        self.ema.shadow = {n: t.to(device) for n, t in self.ema.shadow.items()}
-        for average in self.averages:
-            average.shadow = {n: t.to(device) for n, t in average.shadow.items()}
+    def settle(self, found: Found) -> None:
+        """Once the network is where it is trained: the averages lie where its weights do, and the optimiser's state too."""
+        state = self.net.state_dict()
+        averages: list[Ema | PowerAverage] = [self.ema, *self.averages]
+        for average in averages:
+            average.shadow = {n: like(t, state[n]) for n, t in average.shadow.items()}
+        if found.step and any(found.optimiser):
+            tensors, plain = found.optimiser
+            placed = {n: like(t, self._parameter(n)) if t.ndim else t for n, t in tensors.items()}
+            try:
+                optimisers.restore(self.optimiser, placed, plain)
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise UsageError(
+                    f"the state of the optimiser cannot be used: {error!s:.200}; give another job.output"
+                ) from error
+
+    def _parameter(self, name: str) -> Tensor:
+        """The parameter that a tensor of the optimiser's state belongs to."""
+        trained = [p for group in self.optimiser.param_groups for p in group["params"]]
+        return trained[int(name.partition(".")[0])]
 
     def restore(self, say: Callable[[str], None] = print, allow_changed: bool = False) -> Found:
         """Load the newest valid checkpoint. A broken one is named, skipped and put aside as `<name>.broken`.
@@ -96,10 +122,15 @@ class Keeper:
                 say(f"skipping {folder.name}: {fault}")
                 continue
             manifest = json.loads((folder / "manifest.json").read_text())
-            self._compare(manifest.get("facts", {}), say, allow_changed)
+            before = manifest.get("facts", {})
+            self._compare(before, say, allow_changed)
             self._load(folder)
             say(f"resuming after step {manifest['step']}")
-            return Found(int(manifest["step"]), manifest.get("state", {}))
+            held = load_file(folder / "optimiser.safetensors"), manifest.get("optimiser", {})
+            if before and self._then(before, "job.optimiser") != self.facts.get("job.optimiser"):
+                held = {}, {}
+                say("the optimiser is another one: its state begins anew")
+            return Found(int(manifest["step"]), manifest.get("state", {}), held)
         return Found()
 
     def put_broken_aside(self) -> None:
@@ -111,11 +142,15 @@ class Keeper:
 
     def _compare(self, before: Mapping[str, Any], say: Callable[[str], None], allow_changed: bool) -> None:
         now = json.loads(json.dumps(dict(self.facts)))
-        for key in [k for k in {**before, **now} if before and before.get(k) != now.get(k)]:
-            change = f"{key} was {before.get(key)!r:.80} when this run began and is {now.get(key)!r:.80} now"
+        for key in [k for k in {**before, **now} if before and self._then(before, k) != now.get(k)]:
+            change = f"{key} was {self._then(before, key)!r:.80} when this run began and is {now.get(key)!r:.80} now"
             if not allow_changed:
                 raise UsageError(f"{change}; --allow-changed goes on all the same, another job.output begins anew")
             say(f"{change}: going on as allowed")
+
+    def _then(self, before: Mapping[str, Any], key: str) -> Any:
+        """A fact of the checkpoint."""
+        return before[key] if key in before else json.loads(json.dumps(self.assumed.get(key)))
 
     def _load(self, folder: Path) -> None:
         try:
@@ -123,7 +158,6 @@ class Keeper:
             self.ema.shadow = load_file(folder / "ema.safetensors")
             for i, average in enumerate(self.averages):
                 average.shadow = load_file(folder / f"average-{i}.safetensors")
-            _restore_optimiser(self.optimiser, load_file(folder / "optimiser.safetensors"))
         except (RuntimeError, ValueError) as error:
             first = str(error).splitlines()[-1].strip()
             raise UsageError(f"{folder.name} is of another network: {first:.200}; give another job.output") from error
@@ -181,16 +215,3 @@ def _check_finite(state: Mapping[str, Tensor], step: int) -> None:
 def _owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that safetensors takes: contiguous, none sharing memory."""
     return {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items()}
-
-
-def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimiser.state_dict()["state"]
-    return _owned({f"{i}.{k}": v for i, slots in state.items() for k, v in slots.items()})
-
-
-def _restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        i, slot = name.split(".", 1)
-        state.setdefault(int(i), {})[slot] = tensor
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

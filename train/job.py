@@ -54,12 +54,13 @@ class Task(Protocol):
 class Job:
     """How long, how fast and where.
 
-    batch: samples of one step on one process, computed in `accumulate` parts. lr: after `warmup` steps, falling by half a
-    cosine to `lr_end`. betas, weight_decay: of AdamW. clip: largest norm of a gradient. ema: decay of the weights' average.
+    batch: samples of one step on one process, computed in `accumulate` parts. optimiser: see train/optimisers.py. lr: after
+    `warmup` steps, falling by half a cosine to `lr_end` (schedulefree: it stays). betas, weight_decay: of the optimiser. clip:
+    largest norm of a gradient. ema: decay of the weights' average (schedulefree: its own average in place of that).
     post_hoc: widths of averages of which every checkpoint leaves a snapshot, so that `python -m train average` makes one of
-    any width afterwards (EDM2: 0.05, 0.1). precision: of the computation; weights and averages stay in fp32. workers:
-    processes that make batches; patience: seconds that they may take. stop: end early without changing the decay (0: never).
-    keep: checkpoints that stay.
+    any width afterwards (EDM2: 0.05, 0.1). precision: of the computation; weights and averages stay in fp32. compile: the
+    backend of torch.compile. workers: processes that make batches; patience: seconds that they may take. trackers: beside
+    log.jsonl. stop: end early without changing the decay (0: never). keep: checkpoints that stay.
     """
 
     output: str
@@ -67,6 +68,7 @@ class Job:
     batch: int = 64
     accumulate: int = 1
     seed: int = 0
+    optimiser: Literal["adamw", "adamw8bit", "schedulefree", "adafactor", "prodigy"] = "adamw"
     lr: float = 1e-3
     lr_end: float = 0.0
     warmup: int = 100
@@ -76,12 +78,14 @@ class Job:
     ema: float = 0.999
     post_hoc: tuple[float, ...] = ()
     precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: Literal["no", "inductor", "aot_eager", "eager"] = "no"
     channels_last: bool = False
     workers: int = 0
     patience: int = 60
     save_every: int = 500
     log_every: int = 20
     validate_every: int = 0
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     keep: int = 2
     stop: int = 0
 
@@ -96,6 +100,8 @@ class Job:
             raise UsageError(f"job.batch is {self.batch}; it takes a multiple of job.accumulate, {self.accumulate}")
         if not 0 <= self.ema < 1 or self.clip <= 0:
             raise UsageError("job.ema takes 0 to below 1, job.clip a number above 0")
+        if self.post_hoc and self.optimiser == "schedulefree":
+            raise UsageError("job.post_hoc averages what schedulefree averages already; leave one of them out")
 
     @property
     def last(self) -> int:
@@ -103,9 +109,11 @@ class Job:
         return min(self.steps, self.stop) if self.stop else self.steps
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then half a cosine from `lr` to `lr_end`."""
+        """Learning rate of a step: linear warm-up, then half a cosine from `lr` to `lr_end` (schedulefree: `lr`)."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
+        if self.optimiser == "schedulefree":
+            return self.lr
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

@@ -15,10 +15,11 @@ from train.job import Job
 
 class Log:
     """Means of the losses over `log_every` steps. `rows` holds those of the steps since the last line; checkpoints keep it,
-    so that a resumed run writes the same lines. world: processes that make samples."""
+    so that a resumed run writes the same lines. world: processes that make samples. track: told each line too."""
 
     def __init__(self, output: Path, job: Job, world: int = 1, say: Callable[[str], None] = print) -> None:
         self.path, self.job, self.world, self.say = output / "log.jsonl", job, world, say
+        self.track: Callable[[int, Mapping[str, Any]], None] = lambda step, record: None
         self.rows: list[dict[str, float]] = []
         self.since, self.steps = time.perf_counter(), 0
 
@@ -50,6 +51,7 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(kept) + "\n")
+        self.track(int(record["step"]), kept)
 
     def _mean(self, name: str) -> float:
         values = [r[name] for r in self.rows if math.isfinite(r.get(name, math.nan))]

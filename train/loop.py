@@ -7,7 +7,7 @@ dropout from (seed, id) alone. So stopping at any step and resuming continues th
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm_pipe.errors import NumericalError, UsageError
-from train import checkpoint, report
+from train import checkpoint, optimisers, report, scale, trackers
 from train.batches import batches, parts_of, worker_fault
-from train.ema import Ema
+from train.facts import defaults, facts
 from train.job import Batch, Job, Task
 from train.log import Log
 from train.post_hoc import PowerAverage
-from train.safety import Signals, Stopped, only_run
+from train.safety import Signals, Stopped, not_finite, only_run
 
-# What may differ when a run goes on: it changes no weight.
-FREE = frozenset({"output", "stop", "save_every", "log_every", "validate_every", "keep", "workers", "patience"})
 MOST_FAULTS = 3  # steps in a row that may be skipped
 
 
@@ -43,10 +41,8 @@ def run(task: Task, job: Job, allow_changed: bool = False) -> Path:
     Raises UsageError where a run is to go on with another configuration, NumericalError after three steps in a row that were
     not finite, Stopped after a signal (the state is saved then).
     """
-    try:
-        accelerator = Accelerator(mixed_precision=job.precision)
-    except ValueError as error:
-        raise UsageError(f"job.precision {job.precision!r} is not to be had here: {error}") from error
+    trackers.check(job)
+    accelerator = scale.accelerator(job)
     output = Path(job.output)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
@@ -54,6 +50,7 @@ def run(task: Task, job: Job, allow_changed: bool = False) -> Path:
             checkpoint.tidy(output)
         signals = stack.enter_context(Signals().heard())
         loop = _begin(task.grouped(job.batch * accelerator.num_processes), job, accelerator, signals, allow_changed)
+        stack.callback(loop.trackers.close)
         try:
             loop.train()
         except RuntimeError as error:
@@ -76,6 +73,7 @@ class _Loop:
     optimiser: torch.optim.Optimizer
     keeper: checkpoint.Keeper
     log: Log
+    trackers: trackers.Trackers
     step: int
     faults: int = 0
 
@@ -86,7 +84,7 @@ class _Loop:
             outcome = self._one(batch)
             self.step += 1
             due = self.step % self.job.save_every == 0 or self.step == self.job.last or outcome.signal
-            if due and self.accelerator.is_main_process:
+            if due:
                 self._save()
             if outcome.signal:
                 raise Stopped(f"stopped and saved after step {self.step}; the same command goes on", outcome.signal)
@@ -97,19 +95,25 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = self.job.rate(self.step)
         losses, fault = self._backward(batch)
-        norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.job.clip)
+        norm = scale.whole(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.job.clip))
         scaler = self.accelerator.scaler
-        if not fault and not torch.isfinite(norm) and scaler is None:
-            bad = [n for n, p in self.net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        if not fault and not torch.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            bad = [n for n, p in self.net.named_parameters() if p.grad is not None and not scale.whole(p.grad).isfinite().all()]
             fault = f"the gradient of {bad[0] if bad else 'all weights'} in {', '.join(batch['names'])}"
         outcome = self._agreed(losses, fault)
-        if not outcome.fault or scaler is not None:  # a scaler skips the step by itself, and learns from it
+        skipped = bool(outcome.fault)
+        if scaler is not None:  # it skips a step by itself, and learns from it: its scale falls
+            before = scaler.get_scale()
+            self.optimiser.step()
+            skipped = skipped or scaler.get_scale() < before
+        elif not skipped:
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if outcome.fault:
             self._count(outcome.fault)
         else:
             self.faults = 0
+        if not skipped:
             self.keeper.ema.update(self.net, self.step)
             for average in self.keeper.averages:
                 average.update(self.net, self.step)
@@ -123,11 +127,11 @@ class _Loop:
         rows: list[dict[str, Tensor]] = []
         fault = ""
         for i, part in enumerate(parts):
-            moved = {k: v.to(self.accelerator.device) if isinstance(v, Tensor) else v for k, v in part.items()}
+            moved = {k: v.to(self.accelerator.device) for k, v in part.items() if isinstance(v, Tensor)}
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 out = self.prepared(moved)
-                fault = fault or _fault(moved, out)
+                fault = fault or not_finite({**moved, "names": part["names"]}, out)
                 self.accelerator.backward(out["loss"] / len(parts))
             rows.append({n: v.detach().double() for n, v in out.items() if v.ndim == 0})
         return {n: torch.stack([r[n] for r in rows]).nanmean() for n in rows[0]}, fault
@@ -151,34 +155,38 @@ class _Loop:
             raise NumericalError(f"{words}; the last checkpoint is kept")
 
     def _save(self) -> None:
+        if not (self.accelerator.is_main_process or scale.sharded(self.accelerator)):
+            return
         state: dict[str, Any] = {"rows": self.log.rows, "faults": self.faults}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        self.keeper.save(self.step, state)
+        self.keeper.save(self.step, state, self.accelerator.is_main_process)
 
     def _validate(self) -> None:
-        if self.accelerator.is_main_process:
-            folder = Path(self.job.output) / "validation" / f"{self.step:06d}"
-            self.net.eval()
-            with self.keeper.ema.swapped(self.net), torch.no_grad():
-                found = self.task.validate(self.net, folder)
-            self.net.train()
-            if found:
-                self.log.write({"step": self.step, "validation": found})
-                self.log.say(f"step {self.step}  " + "  ".join(f"{k} {v:.5g}" for k, v in found.items()))
+        with scale.averaged(self.accelerator, self.task, self.net, self.keeper.ema) as (task, net), torch.no_grad():
+            if self.accelerator.is_main_process:
+                folder = Path(self.job.output) / "validation" / f"{self.step:06d}"
+                net.eval()
+                found = task.validate(net, folder)
+                net.train()
+                if found:
+                    self.log.write({"step": self.step, "validation": found})
+                    self.log.say(f"step {self.step}  " + "  ".join(f"{k} {v:.5g}" for k, v in found.items()))
+                self.trackers.pictures(self.step, folder)
         self.accelerator.wait_for_everyone()
-
-    def _export(self, temp: Path) -> None:
-        self.task.export(self.net, temp)
-        report.card(temp, Path(self.job.output).name, self.keeper.facts, self.step)
 
     def finish(self) -> Path:
         """Export the averaged weights."""
-        folder = Path(self.job.output) / "export"
-        if self.accelerator.is_main_process:
-            with self.keeper.ema.swapped(self.net):
-                checkpoint.export(folder, self._export)
-            report.write(Path(self.job.output), self.keeper.facts)
+        output, folder = Path(self.job.output), Path(self.job.output) / "export"
+        with scale.averaged(self.accelerator, self.task, self.net, self.keeper.ema) as (task, net):
+            if self.accelerator.is_main_process:
+
+                def write(temp: Path) -> None:
+                    task.export(net, temp)
+                    report.card(temp, output.name, self.keeper.facts, self.step)
+
+                checkpoint.export(folder, write)
+                report.write(output, self.keeper.facts)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -195,9 +203,10 @@ def _begin(task: Task, job: Job, accelerator: Accelerator, signals: Signals, all
         raise UsageError(f"trained weights are kept in fp32, and {wrong[0]} is not" if wrong else "nothing is trained")
     if job.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(trained, lr=job.lr, betas=job.betas, weight_decay=job.weight_decay, fused=True)
-    facts, averages = _facts(task, job, accelerator), [PowerAverage(net, width) for width in job.post_hoc]
-    keeper = checkpoint.Keeper(output, net, Ema(net, job.ema), optimiser, facts, job.keep, averages)
+    optimiser = optimisers.make(job, trained)
+    told, averages = facts(task, job, accelerator.num_processes), [PowerAverage(net, width) for width in job.post_hoc]
+    average = optimisers.average(job, net, optimiser)
+    keeper = checkpoint.Keeper(output, net, average, optimiser, told, job.keep, averages, defaults(task))
     found = keeper.restore(accelerator.print, allow_changed)
     if accelerator.is_main_process:
         keeper.put_broken_aside()
@@ -206,41 +215,13 @@ def _begin(task: Task, job: Job, accelerator: Accelerator, signals: Signals, all
     log = Log(output, job, accelerator.num_processes, lambda text: accelerator.print(text, flush=True))
     if accelerator.is_main_process:
         log.resume(found.step, found.state.get("rows", []))
-    prepared, optimiser = accelerator.prepare(net, optimiser)
-    keeper.to(accelerator.device)
+    beside = trackers.begin(job, accelerator, found.step, told)
+    log.track = beside.log
+    prepared, wrapped = accelerator.prepare(net, optimiser)
+    keeper.settle(found)
+    prepared = scale.compiled(prepared, job.compile)
     if accelerator.scaler is not None and "scaler" in found.state:
         accelerator.scaler.load_state_dict(found.state["scaler"])
-    loop = _Loop(task, job, accelerator, signals, net, prepared, optimiser, keeper, log, found.step)
+    loop = _Loop(task, job, accelerator, signals, net, prepared, wrapped, keeper, log, beside, found.step)
     loop.faults = int(found.state.get("faults", 0))
     return loop
-
-
-def _facts(task: Task, job: Job, accelerator: Accelerator) -> dict[str, Any]:
-    """What must not change while a run goes on, flat: "job.lr" and so on."""
-    fields: dict[str, Any] = asdict(task) if is_dataclass(task) and not isinstance(task, type) else {}
-    total = {"job.batch": job.batch * accelerator.num_processes}  # one process of 8 is two of 4
-    facts = {f"job.{k}": v for k, v in asdict(job).items() if k not in FREE}
-    return {"task": type(task).__name__, **_flat("task", fields), **facts, **total, **task.facts()}
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for name, part in value.items() for k, v in _flat(f"{prefix}.{name}", part).items()}
-    return {prefix: value}
-
-
-def _fault(batch: Batch, out: dict[str, Tensor]) -> str:
-    """What is not finite in a batch or its losses, with the samples and their levels; "" where all is finite."""
-    if torch.isfinite(out["loss"]):
-        return ""
-    names = batch["names"]
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            rows = [i for i in range(len(value)) if not torch.isfinite(value[i]).all()]
-            return f"{key} of {', '.join(names[i] for i in rows)}"
-    if "each" not in out:
-        return f"the loss of the samples {', '.join(names)}"
-    rows = [i for i, v in enumerate(torch.isfinite(out["each"]).tolist()) if not v]
-    levels = [f" at u = {float(out['u'][i]):.3f}" if "u" in out else "" for i in rows]
-    which = ", ".join(f"{names[i]}{where}" for i, where in zip(rows, levels, strict=True))
-    return f"the loss of {which}" if rows else "the loss as a whole"

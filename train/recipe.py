@@ -18,6 +18,7 @@ TASKS = {
     "codec": "train.tasks.codec:Codec",
     "clip": "train.tasks.clip:Clip",
     "latent": "train.tasks.latent:Latent",
+    "vae": "train.tasks.vae:Vae",
     "finetune": "train.tasks.finetune:Finetune",
     "scratch": "train.tasks.scratch:Scratch",
     "lora": "train.tasks.lora:Lora",

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ldm_pipe.errors import EnvironmentFault, LdmError
 
 
@@ -75,3 +78,20 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def not_finite(batch: dict[str, Any], out: dict[str, Tensor]) -> str:
+    """What is not finite in a batch or its losses, with the samples and their levels; "" where all is finite."""
+    if torch.isfinite(out["loss"]):
+        return ""
+    names = batch["names"]
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            rows = [i for i in range(len(value)) if not torch.isfinite(value[i]).all()]
+            return f"{key} of {', '.join(names[i] for i in rows)}"
+    if "each" not in out:
+        return f"the loss of the samples {', '.join(names)}"
+    rows = [i for i, v in enumerate(torch.isfinite(out["each"]).tolist()) if not v]
+    levels = [f" at u = {float(out['u'][i]):.3f}" if "u" in out else "" for i in rows]
+    which = ", ".join(f"{names[i]}{where}" for i, where in zip(rows, levels, strict=True))
+    return f"the loss of {which}" if rows else "the loss as a whole"

@@ -19,7 +19,7 @@ def check_data(data: Data, sizes: Sequence[Size], batch: int, length: Length | N
     """All faults of a data folder. sizes: of the buckets; batch: samples of one step; length: tokens of a caption, of which
     the encoder sees `window`."""
     try:
-        source = open_source(data.path)
+        source = open_source(data.path, data.columns)
     except LdmError as error:
         return [Fault(data.path, str(error))]
     faults = list(source.faults)

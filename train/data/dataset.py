@@ -15,14 +15,16 @@ from train.data import geometry
 from train.data.captions import caption_of
 from train.data.geometry import Geometry, Size
 from train.data.order import Order, Visit, stream
-from train.data.source import Row, Source, open_source
+from train.data.source import Columns, Row, Source, open_source
 
 
 @dataclass(frozen=True)
 class Data:
     """Where the pictures are and how they are looked at.
 
-    path: a folder (photo.png with photo.txt beside it, or metadata.jsonl / .csv), a .tar of webdataset or a folder of them.
+    path: a folder (photo.png with photo.txt beside it, or metadata.jsonl / .csv), a .tar of webdataset or a folder of them, a
+    .parquet file or a folder of them, or what `datasets` saved to disk. image_column, caption_column: what a table calls them
+    ("": image and the like, text, caption or captions; file_name in .jsonl and .csv).
     side: a picture is cut to about side x side pixels (0: the model's own size). buckets: keep the picture's aspect ratio, up
     to `most` : 1; False cuts squares. crop: where a cut lies. flip: mirror half of the visits. dropout: share of visits
     without caption. shuffle, keep: shuffle the parts of a caption between commas, behind the first `keep`.
@@ -43,12 +45,19 @@ class Data:
     variants: int = 1
     cache: str = "runs/cache"
     half: bool = True
+    image_column: str = ""
+    caption_column: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout <= 1:
             raise UsageError(f"data.dropout is {self.dropout:g}; it takes 0 to 1")
         if self.variants < 1 or self.most < 1 or self.side < 0 or self.keep < 0:
             raise UsageError("data: variants and most take 1 or more, side and keep 0 or more")
+
+    @property
+    def columns(self) -> Columns:
+        """What tables call their columns."""
+        return Columns(self.image_column, self.caption_column)
 
     def sizes(self, side: int, step: int) -> tuple[Size, ...]:
         """The sizes that pictures are cut to. step: what a side must be a multiple of."""
@@ -89,7 +98,7 @@ class Dataset:
     @classmethod
     def open(cls, data: Data, side: int, step: int, group: int = 1) -> Dataset:
         """Read the list, the sizes and the digests; no picture is decoded. Raises UsageError on the first fault."""
-        source = open_source(data.path)
+        source = open_source(data.path, data.columns)
         fatal = [f for f in source.faults if f.fatal]
         silent = [r for r in source.rows if not r.captions and not data.allow_missing]
         hint = "`python -m train check` lists all faults"

@@ -1,4 +1,4 @@
-"""Pictures and their captions, wherever they lie: a folder, or shards of a tar; with every fault found on the way."""
+"""Pictures and their captions, wherever they lie: a folder, shards of a tar, columns; with every fault found on the way."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ class Fault(NamedTuple):
     where: str
     words: str
     fatal: bool = True
+
+
+class Columns(NamedTuple):
+    """What a table calls the picture and its captions ("": what is usual)."""
+
+    image: str = ""
+    caption: str = ""
+
+
+USUAL = Columns()
 
 
 class Row(NamedTuple):
@@ -63,18 +73,25 @@ class Source:
         return hashlib.sha256(self.bytes(name)).hexdigest()
 
 
-def open_source(path: str) -> Source:
-    """A folder of pictures (`.txt` sidecars, or metadata.jsonl / .csv), or webdataset shards (a .tar, or a folder of them)."""
+def open_source(path: str, columns: Columns = USUAL) -> Source:
+    """A folder of pictures (`.txt` sidecars, or metadata.jsonl / .csv), webdataset shards (a .tar, or a folder of them),
+    parquet files, or what `datasets` saved to disk."""
     root = Path(path)
     if root.suffix == ".tar" and root.is_file():
-        return _of_shards([root])
-    if not root.is_dir():
-        raise UsageError(f"data.path {path!r} is not a folder, nor a .tar file")
-    tars = sorted(root.glob("*.tar"))
+        return _of_shards([root], columns)
+    tars = sorted(root.glob("*.tar")) if root.is_dir() else []
     if tars:
-        return _of_shards(tars)
+        return _of_shards(tars, columns)
     table = next((root / t for t in TABLES if (root / t).is_file()), None)
-    rows, faults = _from_table(root, table) if table else _from_sidecars(root)
+    if table is None and root.exists():
+        from train.data import arrow  # which needs what stands here
+
+        found = arrow.files_of(root)
+        if found is not None:
+            return arrow.open_columns(root, *found, columns)
+    if not root.is_dir():
+        raise UsageError(f"data.path {path!r} is not a folder, nor a .tar, .parquet or .arrow file")
+    rows, faults = _from_table(root, table, columns) if table else _from_sidecars(root)
     return Source(tuple(rows), tuple(faults), lambda name: (root / name).read_bytes())
 
 
@@ -112,30 +129,32 @@ def _read_words(path: Path, shown: str) -> tuple[str, Fault | None]:
         return "", Fault(f"{shown}:{line}", "is not UTF-8 text")
 
 
-def _from_table(root: Path, table: Path) -> tuple[list[Row], list[Fault]]:
+def _from_table(root: Path, table: Path, columns: Columns) -> tuple[list[Row], list[Fault]]:
     rows: list[Row] = []
     faults: list[Fault] = []
     seen: dict[str, str] = {}
     for line, record in _records(table, faults):
         where = f"{table.name}:{line}"
-        name = record.get("file_name")
+        name = record.get(columns.image or "file_name")
         if not isinstance(name, str) or not name:
-            faults.append(Fault(where, f"has no file_name; its fields are {', '.join(map(str, record)) or 'none'}"))
-        elif not _inside(root, name):
+            wanted = columns.image or "file_name"
+            faults.append(Fault(where, f"has no {wanted}; its fields are {', '.join(map(str, record)) or 'none'}"))
+        elif not inside(root, name):
             faults.append(Fault(where, f"names {name!r}, which is not a file of the folder"))
         elif name in seen:
             faults.append(Fault(where, f"names {name!r} again, as {seen[name]} does"))
         else:
             seen[name] = where
             parts = {k: str(record[k]) for k in ("mask", "condition") if record.get(k)}
-            faults += [Fault(where, f"{k} {n!r} is not a file of the folder") for k, n in parts.items() if not _inside(root, n)]
-            rows.append(Row(name, _captions(record), where, **parts))
+            faults += [Fault(where, f"{k} {n!r} is not a file of the folder") for k, n in parts.items() if not inside(root, n)]
+            rows.append(Row(name, _captions(record, columns), where, **parts))
     used = set(seen) | {n for r in rows for n in (r.mask, r.condition)}
     faults += [Fault(n, f"is not named in {table.name}", fatal=False) for n in _pictures(root) if n not in used]
     return rows, faults
 
 
-def _inside(root: Path, name: str) -> bool:
+def inside(root: Path, name: str) -> bool:
+    """Is this a file of the folder?"""
     try:
         file = (root / name).resolve()
         return root.resolve() in file.parents and file.is_file()
@@ -173,13 +192,18 @@ def _records(table: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, 
                 faults.append(Fault(f"{table.name}:{number}", "is not an object"))
 
 
-def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:
-    found = next((record[k] for k in CAPTION_KEYS if record.get(k)), ())
+def _captions(record: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
+    keys = (columns.caption,) if columns.caption else CAPTION_KEYS
+    return words_of(next((record[k] for k in keys if record.get(k)), ()))
+
+
+def words_of(found: Any) -> tuple[str, ...]:
+    """One caption or a list of them, each in one line; empty ones are none."""
     several: Iterable[Any] = found if isinstance(found, list) else (found,) if found else ()
     return tuple(t for t in (" ".join(str(c).split()) for c in several) if t)
 
 
-def _of_shards(tars: list[Path]) -> Source:
+def _of_shards(tars: list[Path], columns: Columns) -> Source:
     members = [m for tar in tars for m in shards.index(tar)]
     places = {m.name: m for m in members}
     rows, faults = [], []
@@ -188,7 +212,7 @@ def _of_shards(tars: list[Path]) -> Source:
         if not pictures:
             faults.append(Fault(group[0].name, "has no picture beside it", fatal=False))
             continue
-        words, where, fault = _shard_words(group)
+        words, where, fault = _shard_words(group, columns)
         faults += [fault] if fault else []
         extra = {k: next((m.name for m in group if f".{k}." in m.name), "") for k in ("mask", "condition")}
         rows.append(Row(pictures[0].name, words, where or key, **extra))
@@ -199,14 +223,14 @@ def _is_extra(name: str) -> bool:
     return ".mask." in name or ".condition." in name
 
 
-def _shard_words(group: list[shards.Member]) -> tuple[tuple[str, ...], str, Fault | None]:
+def _shard_words(group: list[shards.Member], columns: Columns) -> tuple[tuple[str, ...], str, Fault | None]:
     for member in group:
         try:
             if member.name.endswith((".txt", ".caption")):
                 words = " ".join(shards.read(member).decode("utf-8").split())
                 return ((words,) if words else ()), member.name, None
             if member.name.endswith(".json"):
-                return _captions(json.loads(shards.read(member))), member.name, None
+                return _captions(json.loads(shards.read(member)), columns), member.name, None
         except (ValueError, AttributeError, RecursionError):
             return (), member.name, Fault(member.name, "is not readable text")
     return (), "", None

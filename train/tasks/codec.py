@@ -1,7 +1,7 @@
 """The codec: an AutoencoderKL trained on rendered scenes.
 
-High-Resolution Image Synthesis with Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752, section 3.1, with
-a plain squared error in place of the perceptual and adversarial terms: the scenes are flat, and PSNR is what we ask.
+High-Resolution Image Synthesis with Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752, section 3.1. The perceptual
+and adversarial terms are off by default: the scenes are flat, and PSNR is what we ask.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.job import Batch, Task
+from train.job import Batch
+from train.objectives.reconstruction import Autoencoder
 from train.world import render, scene_at
 
 
 @dataclass(frozen=True)
-class Codec(Task):
+class Codec(Autoencoder):
     """AutoencoderKL of factor 2^(len(channels) - 1).
 
     kl: weight of the KL term in nats per image, relative to the summed squared error of an image in -1..1.
@@ -29,6 +30,7 @@ class Codec(Task):
     vary: share of scenes mirrored and with exchanged colour channels, so that the codec also serves unseen sprites.
     start: an exported codec whose weights are taken where names and shapes agree ("": from scratch). One of another depth
     lends its layers of full resolution, which take longest to learn.
+    Further terms: see train/objectives/reconstruction.py.
     """
 
     channels: tuple[int, ...] = (24, 48, 128, 192)
@@ -58,7 +60,7 @@ class Codec(Task):
         )
         if self.start:
             _inherit(codec, AutoencoderKL.from_pretrained(self.start))
-        return CodecLoss(codec, self.kl)
+        return self.loss(codec, self.kl)
 
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
         """images: [B,3,H,W] in -1..1; noise: [B,C,h,w] standard normal, for the posterior."""
@@ -69,7 +71,7 @@ class Codec(Task):
             images.append(self._image(seed, i, rng))
             noise.append(rng.standard_normal((self.latent_channels, side, side), dtype=np.float32))
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"images": pixels, "noise": torch.from_numpy(np.stack(noise))}
+        return {"images": pixels, "noise": torch.from_numpy(np.stack(noise)), **self.heard(ids)}
 
     def _image(self, seed: int, i: int, rng: np.random.Generator) -> np.ndarray:
         scene, _ = scene_at(seed, i)
@@ -113,23 +115,3 @@ def _inherit(codec: Any, old: Any) -> None:
         source = state.get(".".join(parts))
         if source is not None and source.shape == mine[name].shape:
             mine[name].copy_(source)
-
-
-class CodecLoss(nn.Module):
-    """Squared error of the reconstruction plus the KL term."""
-
-    def __init__(self, codec: Any, kl: float) -> None:
-        super().__init__()
-        self.codec: Any = codec
-        self.kl = kl
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images [B,3,H,W] in -1..1, noise [B,C,h,w] -> loss, psnr in dB, kl in nats per latent value."""
-        images = batch["images"]
-        posterior = self.codec.encode(images).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
-        out = self.codec.decode(mean + std * batch["noise"]).sample.float()
-        error = (out - images).square().mean()
-        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
-        loss = error + self.kl * kl.sum() / images.numel()
-        return {"loss": loss, "psnr": 10 * torch.log10(4 / error), "kl": kl.mean()}

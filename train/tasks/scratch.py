@@ -44,7 +44,7 @@ class Scratch(Finetune):
         """The folder of the fresh model, made where it is not there yet."""
         frame = loading.BUILTIN if self.model == "builtin" else Path(self.model)
         plan = strict.build(Fresh, self.network, "[network]")
-        captions = sorted({c for r in open_source(self.settings.path).rows for c in r.captions}) if plan.kind == "dit" else []
+        captions = self._classes() if plan.kind == "dit" else []
         parts = [digest(frame, p) for p in ("vae", "text_encoder", "tokenizer")]
         key = key_of(network=repr(plan), seed=self.weights_seed, frame=parts, classes=captions)
         folder = Path(self.settings.cache) / f"fresh-{key[:16]}"
@@ -52,6 +52,10 @@ class Scratch(Finetune):
             with files.new_folder(folder) as temp:
                 plan.write(frame, temp, captions, self.weights_seed)
         return folder
+
+    def _classes(self) -> list[str]:
+        rows = open_source(self.settings.path, self.settings.columns).rows
+        return sorted({c for r in rows for c in r.captions})
 
     @cached_property
     def bundle(self) -> Any:

@@ -19,7 +19,7 @@ from train.data.check import check_data
 from train.data.dataset import Data, Dataset
 from train.data.geometry import bucket_sizes, draw, nearest
 from train.data.order import Order, stream
-from train.data.source import open_source
+from train.data.source import Columns, open_source
 
 
 def picture(path: Path, size: tuple[int, int] = (16, 16), shade: int = 0, **more: Any) -> Path:
@@ -163,6 +163,16 @@ def test_tables_name_the_line_of_every_fault(tmp_path: Path, kind: str) -> None:
     first = f"metadata.{kind}"
     expected = (2, 3, 4, 5, 7) if kind == "jsonl" else (3, 4, 5, 6)
     assert found == {f"{first}:{n}" for n in expected} | {"c.png"}
+
+
+def test_columns_of_a_table_can_be_named(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"picture": "a.png", "title": "one", "text": "two"}\n')
+    source = open_source(str(tmp_path), Columns("picture", "title"))
+    assert [(r.name, r.captions) for r in source.rows] == [("a.png", ("one",))]
+    data = Data(str(tmp_path), side=16, image_column="picture", caption_column="title")
+    assert Dataset.open(data, 0, 8).rows[0].captions == ("one",)
+    assert "has no file_name; its fields are picture, title, text" in open_source(str(tmp_path)).faults[0].words
 
 
 def test_what_no_table_should_hold_is_a_fault_and_no_crash(tmp_path: Path) -> None:
