@@ -1,7 +1,7 @@
 """ldm_pipe: latent text-to-image diffusion; make, edit, restore and fine-tune images, every method one short file.
 
-    from ldm_pipe import Pipeline
-    Pipeline.from_pretrained("builtin")("a fox on a blue background", seed=7).images[0].save("fox.png")
+from ldm_pipe import Pipeline
+Pipeline.from_pretrained("builtin")("a fox on a blue background", seed=7).images[0].save("fox.png")
 """
 
 from __future__ import annotations

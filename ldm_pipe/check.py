@@ -27,19 +27,22 @@ def examine(request: Request) -> int:
     from ldm_pipe.plan import resolve
     from ldm_pipe.settings import Settings
 
-    if request.prompt or request.prompts:
-        raise UsageError("--check samples nothing; --prompt and --prompts do not go with it")
-    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention)
+    if request.prompts:
+        raise UsageError("--check samples nothing; --prompts does not go with it")
+    prompts = request.texts()[0] if request.prompt else ()
+    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention, **request.loading())
     given = resolve(pipe.bundle, Settings(height=request.height, width=request.width, steps=request.steps))
     found = facts(pipe, int(given.height or 0), int(given.width or 0), int(given.steps or 0))
     found["files"] = dict(files_of(request.model))
+    found["prompts"] = [read(pipe, prompt, request.plain_prompt) for prompt in prompts]
     print(json.dumps(found) if request.json else "\n".join(lines(found)))
     return 0
 
 
 def facts(pipe: Pipeline, height: int, width: int, steps: int) -> dict[str, Any]:
     """What a loaded model is, and what an image takes: bytes of memory, and seconds, scaled by the area from a small image."""
-    from ldm_pipe.lora import modules
+    from ldm_pipe.offload import modules
+    from ldm_pipe.one_step import contradiction
 
     b = pipe.bundle
     parts = {"network": b.model, "codec": b.codec, "text": b.text}
@@ -48,7 +51,9 @@ def facts(pipe: Pipeline, height: int, width: int, steps: int) -> dict[str, Any]
         "family": b.family,
         "title": FAMILIES[b.family].title,
         "prediction": b.model.prediction.name,
+        "contradiction": contradiction(b.model.prediction.name, b.predicts(), "scheduler/scheduler_config.json"),
         "path": type(b.model.path).__name__,
+        "notes": list(b.notes),
         "parameters": {n: sum(p.numel() for m in modules(part) for p in m.parameters()) for n, part in parts.items()},
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "latents": f"{b.codec.channels} channels, {b.codec.factor} pixels to one",
@@ -58,6 +63,21 @@ def facts(pipe: Pipeline, height: int, width: int, steps: int) -> dict[str, Any]
         "image": {"width": width, "height": height, "steps": steps, "bytes": pipe.forecast(height, width)}
         | {"seconds": round(_seconds(pipe, height, width) * steps, 1)},
     }
+
+
+def read(pipe: Pipeline, prompt: str, plain: bool) -> dict[str, Any]:
+    """How a prompt is read: its parts with their weights as numbers, the windows of the encoder that each takes, and notes."""
+    from ldm_pipe.grammar import FIRST, parse, written
+    from ldm_pipe.prompt import Prompt
+    from ldm_pipe.wording import notices, reads
+
+    text = pipe.bundle.text
+    if not reads(text, plain):
+        return {"prompt": prompt, "parts": [prompt], "windows": [1], "notes": text.notices(prompt)}
+    found = parse(prompt)
+    parts = [written(Prompt((branch,))) for branch in found.branches]
+    windows = [text.chunks(branch.at(*FIRST)) for branch in found.branches]
+    return {"prompt": prompt, "parts": parts, "windows": windows, "notes": notices(text, prompt, plain)}
 
 
 def _seconds(pipe: Pipeline, height: int, width: int) -> float:
@@ -91,8 +111,11 @@ def files_of(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """The facts for a reader."""
     counts, image, d = found["parameters"], found["image"], found["defaults"]
-    yield f"{found['model']}: {found['title']} ({found['family']}), loaded whole and finite"
+    loaded = "loaded with warnings" if found["notes"] else "loaded whole and finite"
+    yield f"{found['model']}: {found['title']} ({found['family']}), {loaded}"
     yield f"predicts {found['prediction']} on {found['path']}; takes {found['takes']}"
+    for text in filter(None, (found["contradiction"], *found["notes"])):
+        yield f"warning: {text}"
     yield "parameters: " + ", ".join(f"{n} {c:,}" for n, c in counts.items()) + f", in {found['dtype']}"
     yield f"latents: {found['latents']}; sides are multiples of {found['multiple']}"
     size = "x".join(map(str, d["size"]))
@@ -100,5 +123,9 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for name, file in found["files"].items():
         kinds = ", ".join(f"{n} {kind}" for kind, n in file["tensors"].items())
         yield f"{name}: {file['bytes']:,} bytes, {kinds}, sha256 {file['sha256']}"
+    for prompt in found.get("prompts", ()):
+        for part, windows in zip(prompt["parts"], prompt["windows"], strict=True):
+            yield f"prompt: {part!r:.400}, {windows} window(s) of the text encoder"
+        yield from (f"note: {note}" for note in prompt["notes"])
     needs = f"about {image['bytes'] / 2**20:,.0f} MiB beside the weights and {image['seconds']:g} s"
     yield f"an image of {image['width']}x{image['height']} in {image['steps']} steps: {needs}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -79,12 +79,16 @@ class KLCodec:
 
     @property
     def _scale_shift(self) -> tuple[float, float]:
-        return float(self.vae.config.scaling_factor), float(self.vae.config.shift_factor or 0.0)
+        return float(self.vae.config.scaling_factor), float(getattr(self.vae.config, "shift_factor", None) or 0.0)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(mean of the posterior - shift) * scale."""
+        """(what the encoder gives - shift) * scale."""
         scale, shift = self._scale_shift
-        return (self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0].mean.to(images.dtype) - shift) * scale
+        return (self._encoded(images.to(self.vae.dtype)).to(images.dtype) - shift) * scale
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        """The mean of the posterior."""
+        return cast(Tensor, self.vae.encode(images, return_dict=False)[0].mean)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The decoder at latents / scale + shift."""
@@ -95,47 +99,35 @@ class KLCodec:
         scale, shift = self._scale_shift
         return latents / scale + shift
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> KLCodec:
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same codec elsewhere; fp32 where fp16 is asked of one that must not use it."""
-        if dtype == torch.float16 and self.vae.config.force_upcast:
+        if dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
             dtype = torch.float32
         torch.nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own warns of what is handled above
         return self
 
 
 @dataclass(frozen=True, eq=False)
-class DCCodec:
-    """The deep compression autoencoder of diffusers, 32 pixels to one.
+class TinyCodec(KLCodec):
+    """The tiny autoencoder of diffusers, distilled from a large one: a fraction of its time, and of its detail.
+
+    TAESD, Boer Bohan 2023, https://github.com/madebyollin/taesd. It takes and gives latents as the network has them: its scale
+    is 1 and its shift 0 where its configuration does not say otherwise, whatever those of the large one are.
+    """
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        """There is no posterior."""
+        return cast(Tensor, self.vae.encode(images, return_dict=False)[0])
+
+
+@dataclass(frozen=True, eq=False)
+class DCCodec(TinyCodec):
+    """The deep compression autoencoder of diffusers, 32 pixels to one; it has no posterior either, and no shift.
 
     Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models, Chen et al. 2024, arXiv 2410.10733.
     """
-
-    vae: Any
-
-    @property
-    def channels(self) -> int:
-        """Channels of a latent."""
-        return int(self.vae.config.latent_channels)
 
     @property
     def factor(self) -> int:
         """Pixels of an image side per latent pixel."""
         return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """The encoder's output, scaled."""
-        latents = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0]
-        return latents.to(images.dtype) * self.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """The decoder at latents / scale."""
-        return self.vae.decode(self.raw(latents).to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
-
-    def raw(self, latents: Tensor) -> Tensor:
-        """latents / scale."""
-        return latents / self.vae.config.scaling_factor
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> DCCodec:
-        """The same codec elsewhere."""
-        torch.nn.Module.to(self.vae, device=device, dtype=dtype)
-        return self

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import check, recipe, registry
-from ldm_pipe.errors import ModelError, UsageError, unknown
+from ldm_pipe import check, listing, recipe
+from ldm_pipe.errors import UsageError
 from ldm_pipe.looking import attention_maps, compare
 from ldm_pipe.looking.watch import Watch
 from ldm_pipe.output import Target
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
     from ldm_pipe.pipeline import Output, Pipeline
     from ldm_pipe.plan import Plan
 
-PLURALS = {f"{kind}{'es' if kind.endswith('ch') else 's'}": kind for kind in registry.KINDS}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def run(request: Request) -> int:
     """Do what is asked; the exit code."""
     if request.list is not None:
-        return _list(request.list)
+        return listing.show(request.list)
     if request.check:
         return check.examine(request)
     if request.doctor:
@@ -42,37 +41,6 @@ def run(request: Request) -> int:
     return _generate(request) if request.replay is None else _replay(request, request.replay)
 
 
-def _list(kind: str) -> int:
-    if kind == "words":
-        print("\n".join(_builtin()["words"]))
-        return 0
-    if kind not in ("all", *PLURALS):
-        raise UsageError("--list " + unknown("kind", kind, ["all", "words", *PLURALS]))
-    for plural in PLURALS if kind == "all" else (kind,):
-        print(f"{plural}:")
-        found = registry.entries(PLURALS[plural])
-        wide = max(len(entry.name) for entry in found)
-        for entry in found:
-            fields = ", ".join(f"{n}={d}" for n, d in entry.fields if "(" not in d)  # not the wrapped rule
-            print(f"  {entry.name:<{wide}} {entry.summary}" + (f"\n{'':{wide + 3}}{fields}" if fields else ""))
-    return 0
-
-
-def defaults() -> str:
-    """The built-in model's defaults, for the help."""
-    d = _builtin()
-    width, height = d["size"]
-    return f"builtin: {d['steps']} steps, scale {d['guidance_scale']}, {d['sampler']}, {d['spacing']}, {width}x{height} pixels"
-
-
-def _builtin() -> dict[str, Any]:
-    path = Path(__file__).resolve().parent / "builtin" / "ldm_pipe.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"builtin/ldm_pipe.json cannot be read: {type(error).__name__}") from error
-
-
 def _generate(request: Request) -> int:
     prompts, seeds = request.texts()
     settings = request.settings(seeds)
@@ -82,18 +50,19 @@ def _generate(request: Request) -> int:
     started = time.perf_counter()
     if request.edit is not None:
         request.edited().check()
-    from ldm_pipe import image
 
     sources = _sources(request)
     from ldm_pipe.device import pick_device, pick_dtype
     from ldm_pipe.pipeline import Pipeline
+    from ldm_pipe.wording import notices
 
     say = Notes(request.quiet)
     say(pick_dtype(request.dtype, pick_device(request.device))[1])
-    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention)
+    pipe = Pipeline.from_pretrained(request.model, request.device, request.dtype, request.attention, **request.loading())
     pipe = request.adapters().applied(pipe, say)
-    for prompt in (*prompts, request.negative_prompt):
-        say(*pipe.bundle.text.notices(prompt))
+    for prompt in dict.fromkeys(prompts):
+        say(*notices(pipe.bundle.text, prompt, request.plain_prompt))
+    say(*pipe.bundle.notes, *notices(pipe.bundle.text, request.negative_prompt, request.plain_prompt, joins=False))
     hints = sources.pop("controls")
 
     def planned(settings: dict[str, Any]) -> Plan:
@@ -122,9 +91,7 @@ def _generate(request: Request) -> int:
         stop.kept = f"{len(paths)} of {count} image(s) are finished and kept in {str(target.folder)!r}"  # type: ignore[attr-defined]
         raise
     if request.grid:
-        sheet = recipe.encode(image.grid([i for out in done for i in out.images]), None, target.format)
-        one = {} if len(set(prompts)) == 1 else {"prompt": f"{len(prompts)} prompts"}
-        paths.append(target.write(sheet, _values(done[0], pipe, 0, 0) | one, "-grid"))
+        paths.append(_sheet(done, pipe, target, prompts))
         if not request.json:
             print(paths[-1])
     kept = watch.finish()
@@ -133,6 +100,15 @@ def _generate(request: Request) -> int:
     if not request.quiet:
         print(f"{_summary(done)}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
+
+
+def _sheet(done: list[Output], pipe: Pipeline, target: Target, prompts: Sequence[str]) -> Path:
+    """Write all images as one contact sheet."""
+    from ldm_pipe import image
+
+    sheet = recipe.encode(image.grid([i for out in done for i in out.images]), None, target.format)
+    one = {} if len(set(prompts)) == 1 else {"prompt": f"{len(prompts)} prompts"}
+    return target.write(sheet, _values(done[0], pipe, 0, 0) | one, "-grid")
 
 
 def _summary(done: list[Output]) -> str:
@@ -156,7 +132,7 @@ def _sources(request: Request) -> dict[str, Any]:
     """The pictures that an edit starts from."""
     from ldm_pipe import image
 
-    files = {"init_image": request.init_image, "mask": request.mask, "input": request.input}
+    files = {n: getattr(request, n) for n in ("init_image", "mask", "input", "image_prompt")}
     found: dict[str, Any] = {n: image.read(path, f"--{n.replace('_', '-')}") for n, path in files.items() if path is not None}
     return {**found, "controls": [image.read(path, "--control-image") for path in request.control_image]}
 
@@ -223,7 +199,7 @@ def _replay(request: Request, path: str) -> int:
 
     dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
     attention = found.attention if request.attention == "auto" and found.attention in ATTENTIONS else request.attention
-    pipe = Pipeline.from_pretrained(request.model, request.device, dtype, attention)
+    pipe = Pipeline.from_pretrained(request.model, request.device, dtype, attention, **request.loading())
     pipe = request.adapters().again(found.adapters).applied(pipe)
     out = replay.again(found, pipe, _sources(request), request.controls())
     if not request.verify:
@@ -234,16 +210,17 @@ def _replay(request: Request, path: str) -> int:
     return 0 if verdict.largest == 0 else 1
 
 
-def _plan(
-    request: Request, pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any], sources: dict[str, Any]
-) -> Plan:
-    """The plan of the run, with what --edit and --restore make of it."""
+def _plan(request: Request, pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any], sources: dict[str, Any]) -> Plan:
+    """The plan of the run, with what --edit, --restore and --image-prompt make of it."""
     restoration, picture = request.restored(), sources.pop("input", None)
+    shown, seen = request.pictured(), sources.pop("image_prompt", None)
     if request.edit is not None:
         return request.edited().plan(pipe, picture, **sources, **settings)
     if restoration is not None:
         return restoration.plan(pipe, prompts, picture, **settings)
     inpainting = request.inpainted()
     if inpainting is not None:
-        return inpainting.plan(pipe, prompts, sources["init_image"], sources.get("mask"), **settings)
-    return pipe.plan(prompts, None, **sources, **settings)
+        whole = inpainting.plan(pipe, prompts, sources["init_image"], sources.get("mask"), **settings)
+    else:
+        whole = pipe.plan(prompts, None, **sources, **settings)
+    return whole if shown is None else shown.applied(pipe, whole, seen)

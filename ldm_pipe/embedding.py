@@ -40,11 +40,29 @@ class Worded:
         """Ids of the whole prompt."""
         return self.inner.length(self._spelled(prompt))
 
-    def _spelled(self, prompt: str) -> str:
+    def starts(self, prompt: str) -> list[int]:
+        """Where the ids begin in the prompt as it was given; those of a learned word, at the word."""
+        places = list(range(len(prompt)))
         for word, tokens in self.words.items():
-            plain = tokens.replace("\\", r"\\")
-            prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", plain, prompt, flags=re.IGNORECASE)
+            made, last = list[int](), 0
+            for found in _standing(word).finditer(prompt):
+                made += [*places[last : found.start()], *[places[found.start()]] * len(tokens)]
+                last = found.end()
+            prompt, places = self._written(word, prompt), made + places[last:]
+        return [places[start] if start >= 0 else start for start in self.inner.starts(prompt)]
+
+    def _spelled(self, prompt: str) -> str:
+        for word in self.words:
+            prompt = self._written(word, prompt)
         return prompt
+
+    def _written(self, word: str, prompt: str) -> str:
+        return _standing(word).sub(lambda m: self.words[word], prompt)
+
+
+def _standing(word: str) -> re.Pattern[str]:
+    """Where a learned word stands in a prompt."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", flags=re.IGNORECASE)
 
 
 def learn(bundle: Bundle, file: Path, word: str = "") -> tuple[Bundle, str]:

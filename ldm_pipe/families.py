@@ -46,7 +46,7 @@ class Family:
 
 NONE: Classes = (None,)
 UNET: Classes = ("diffusers.UNet2DConditionModel",)
-KL: Classes = ("diffusers.AutoencoderKL",)
+KL: Classes = ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")
 CLIP: Classes = ("transformers.CLIPTextModel",)
 OPEN_CLIP: Classes = ("transformers.CLIPTextModelWithProjection",)
 T5: Classes = ("transformers.T5EncoderModel",)
@@ -58,6 +58,13 @@ FLOW: dict[str, Any] = {"sampler": "euler", "spacing": "flow"}
 
 FAMILIES: dict[str, Family] = {
     "sd": Family("Stable Diffusion 1 and 2", "unet", {"unet": UNET, **ONE_CLIP, "text_encoder_2": NONE, "image_encoder": NONE}),
+    "unclip": Family(
+        "Stable Diffusion 2 with pictures (unCLIP)", "unclip",
+        {"unet": UNET, **ONE_CLIP, "image_encoder": ("transformers.CLIPVisionModelWithProjection",),
+         "image_normalizer": ("stable_diffusion.StableUnCLIPImageNormalizer",),
+         "image_noising_scheduler": ("diffusers.DDPMScheduler",), "prior": NONE},
+        Defaults(size=(768, 768), guidance_scale=10.0),
+    ),
     "sdxl": Family(
         "Stable Diffusion XL", "sdxl", {"unet": UNET, "text_encoder": CLIP, "tokenizer": CLIP_WORDS, **PAIR},
         Defaults(size=(1024, 1024), guidance_scale=5.0),

@@ -7,9 +7,11 @@ literals by position or by name; nothing is evaluated.
 from __future__ import annotations
 
 import ast
+import re
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import registry
+from ldm_pipe.calls import by_field, read
 from ldm_pipe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,31 +51,21 @@ def calls(text: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _call(part: str, text: str) -> tuple[str, str, dict[str, Any]]:
-    try:
-        node = ast.parse(part, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UsageError(f"--guide {text[:80]!r} is not of the form cfg(5) | between(0.2, 0.9)") from error
-    if isinstance(node, ast.Name):
-        node = ast.Call(node, [], [])
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        plain = "; for a scale alone there is --guidance-scale" if isinstance(node, ast.Constant) else ""
+    found = read(part)
+    if found is None:
+        plain = "; for a scale alone there is --guidance-scale" if re.fullmatch(r"[-+.\d]+", part) else ""
         raise UsageError(f"--guide {text[:80]!r} is not of the form cfg(5) | between(0.2, 0.9){plain}")
-    name = node.func.id
+    name, given = found
     kind = "guide" if name in registry.KINDS["guide"] else "rule"
     names = [n for n, _ in registry.entry(kind, name).fields if n != "rule"]
-    if len(node.args) > len(names):
-        raise UsageError(f"--guide: {name} takes {len(names)} value(s) ({', '.join(names)}), got {len(node.args)}")
-    given = [*zip(names, node.args, strict=False), *((k.arg, k.value) for k in node.keywords)]
-    fields = [field for field, _ in given]
-    if len(set(fields)) < len(fields):
-        raise UsageError(f"--guide: a field of {name} stands twice in {text[:80]!r}")
-    return kind, name, {str(field): _literal(value, name, str(field)) for field, value in given}
+    fields = by_field(name, given, names, "--guide:")
+    return kind, name, {field: _literal(value, name, field) for field, value in fields.items()}
 
 
-def _literal(node: ast.expr, name: str, field: str) -> Any:
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in registry.KINDS["rule"]:
-        raise UsageError(f"--guide: a rule cannot stand inside another; write {ast.unparse(node)[:40]} | {name}(...)")
+def _literal(value: str, name: str, field: str) -> Any:
+    if value.partition("(")[0] in registry.KINDS["rule"]:
+        raise UsageError(f"--guide: a rule cannot stand inside another; write {value[:40]} | {name}(...)")
     try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError) as error:
+        return ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UsageError(f"--guide: {field} of {name} is not a number or a quoted text") from error

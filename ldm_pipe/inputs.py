@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_pipe import hub, strict
+from ldm_pipe.configs import read_json
 from ldm_pipe.errors import ModelError, UsageError, unknown
 
 MOST_TEXT = 64_000_000
@@ -79,7 +80,7 @@ def factor(model: str) -> int:
         wanted = "give 'builtin', a folder in diffusers' layout or a .safetensors file"
         raise ModelError(f"--model {model!r:.120} is not a folder; {wanted}")
     try:
-        found = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "vae" / "config.json")
         return int(2 ** (len(found["block_out_channels"]) - 1))
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+    except (ModelError, OSError, ValueError, LookupError, TypeError):
         return 1  # the loader will say what is wrong

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ldm_pipe import lora_delta, lora_names, weights
 from ldm_pipe.errors import ModelError, UsageError
 from ldm_pipe.loading import Bundle
 from ldm_pipe.lora_names import NETWORK
+from ldm_pipe.offload import modules
 from ldm_pipe.patch import root
 
 METADATA = "lora_adapter_metadata"
@@ -39,18 +40,6 @@ def copied(bundle: Bundle) -> Bundle:
 def encoders(text: Any) -> dict[str, nn.Module]:
     """The text encoders of a family in their order: "text_encoder", "text_encoder_2", ..."""
     return {f"text_encoder_{k}" if k > 1 else "text_encoder": m for k, m in enumerate(modules(text), 1)}
-
-
-def modules(value: Any) -> Iterator[nn.Module]:
-    """The networks in a part of a bundle, however deep in its fields."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from modules(item)
-    elif dataclasses.is_dataclass(value):
-        for f in dataclasses.fields(value):
-            yield from modules(getattr(value, f.name))
 
 
 def parts(bundle: Bundle) -> dict[str, nn.Module]:
@@ -80,15 +69,16 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, said
 
 
-def merge(bundle: Bundle, file: Path, scale: float = 1.0) -> tuple[Bundle, str]:
+def merge(bundle: Bundle, file: Path, scale: float = 1.0, partial: bool = False) -> tuple[Bundle, str]:
     """(a copy of the bundle with an adapter merged in, a sentence that says what was found).
 
-    Raises ModelError, and changes nothing, where a tensor of the file finds no layer or does not fit it.
+    Raises ModelError, and changes nothing, where a tensor of the file finds no layer or does not fit it. partial: tensors that
+    find no layer are left out and counted, where others find one.
     """
     tensors, said = read(file)
     mine = copied(bundle)
     modules = parts(mine)
-    layers = _placed(tensors, modules, file.name)
+    layers, lost = _placed(tensors, modules, file.name, partial)
     alphas = _Alphas.of(said)
     for (part, layer), leaves in layers.items():
         module: Any = modules[part].get_submodule(layer)
@@ -103,11 +93,17 @@ def merge(bundle: Bundle, file: Path, scale: float = 1.0) -> tuple[Bundle, str]:
     ranks = sorted({len(t["down"]) for t in layers.values() if "down" in t})
     of = f", rank {', '.join(map(str, ranks))}" if ranks else ""
     where = f"{len(layers) - text} layers of the network and {text} of the text encoder"
-    return mine, f"{file.name}: all {len(tensors)} tensors matched, {where}{of}, scale {scale:g}"
+    matched = f"all {len(tensors)} tensors matched"
+    if lost:
+        matched = f"{len(tensors) - len(lost)} of {len(tensors)} tensors matched, {lost[0]!r:.100} is the first without a layer"
+    return mine, f"{file.name}: {matched}, {where}{of}, scale {scale:g}"
 
 
-def _placed(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], where: str) -> Layers:
-    """Every tensor at its layer. Raises ModelError naming the first that finds none, and counting the others."""
+def _placed(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], where: str, partial: bool
+) -> tuple[Layers, list[str]]:
+    """(every tensor at its layer, those that find none). Raises ModelError naming the first of these, and counting the others,
+    unless `partial` allows some."""
     known = {part: lora_names.layers(m) for part, m in modules.items()}
     count = getattr(getattr(modules[NETWORK], "config", None), "layers_per_block", 2)
     per_block = count if isinstance(count, int) else count[0]
@@ -120,9 +116,9 @@ def _placed(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], whe
             lost.append(name)
         else:
             layers.setdefault((key.part, layer), {})[key.leaf] = tensor
-    if lost:
+    if lost and not (partial and layers):
         raise ModelError(f"{where}: {lost[0]!r:.100} and {len(lost) - 1} more find no layer{_other(tensors, modules)}")
-    return layers
+    return layers, lost
 
 
 def _other(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ldm_pipe.single import unet_name
+from ldm_pipe.first_names import unet_name
 
 NETWORK = "network"
 PREFIXES = {

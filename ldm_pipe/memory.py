@@ -7,13 +7,15 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ldm_pipe.codec import Codec
 from ldm_pipe.errors import EnvironmentFault
+from ldm_pipe.offload import modules
+from ldm_pipe.patch import changed
 
 # Tensors as large as the largest that are alive at once: the built-in model took 160 MiB more at 512x512 than at 64x64, where
 # this forecasts 192.
@@ -132,8 +134,46 @@ def _each_tiled(codec: Codec, latents: Tensor, side: int) -> Tensor:
 def tiled(codec: Codec, latents: Tensor, side: int) -> Tensor:
     """Images of latents [B,C,h,w] from tiles of `side` latent pixels, blended linearly where they overlap.
 
-    Group norms see one tile instead of the whole, so the picture is near the whole one, not equal to it.
+    A group norm would see one tile instead of the whole; it takes its mean and variance from the latents made as small as a
+    tile instead (on the built-in model 41 dB from the whole picture, not 30). So the picture is near the whole one, not equal.
     """
+    if max(latents.shape[-2:]) <= side:
+        return codec.decode(latents)
+    with contextlib.ExitStack() as norms:
+        for module in modules(codec):
+            norms.enter_context(_normed_as(module, codec, latents, side))
+        return _tiled(codec, latents, side)
+
+
+@contextlib.contextmanager
+def _normed_as(module: nn.Module, codec: Codec, latents: Tensor, side: int) -> Iterator[None]:
+    """The group norms of a codec's network with the mean and variance that they have on the latents at the size of a tile."""
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.GroupNorm)]
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def groups(name: str, x: Tensor) -> Tensor:
+        return x.float().reshape(len(x), cast(nn.GroupNorm, module.get_submodule(name)).num_groups, -1)
+
+    def note(name: str, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        found[name] = (groups(name, x).mean(-1, keepdim=True), groups(name, x).var(-1, unbiased=False, keepdim=True))
+        return call(x)
+
+    def normed(name: str, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        norm = cast(nn.GroupNorm, module.get_submodule(name))
+        mean, variance = found[name]
+        inside = ((groups(name, x) - mean) * torch.rsqrt(variance + norm.eps)).reshape(x.shape).to(x.dtype)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return inside * norm.weight.view(shape) + norm.bias.view(shape)
+
+    with changed(module, {name: [functools.partial(note, name)] for name in names}):
+        small = tuple(min(side, length) for length in latents.shape[-2:])
+        codec.decode(nn.functional.interpolate(latents, size=small, mode="nearest-exact"))
+    with changed(module, {name: [functools.partial(normed, name)] for name in found}):
+        yield
+
+
+def _tiled(codec: Codec, latents: Tensor, side: int) -> Tensor:
+    """The tiles themselves, blended."""
     f, (h, w) = codec.factor, latents.shape[-2:]
     out = latents.new_zeros(len(latents), 3, h * f, w * f)
     weight = latents.new_zeros(1, 1, h * f, w * f)

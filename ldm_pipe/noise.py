@@ -55,7 +55,6 @@ class Noise:
     def at(self, index: int) -> StepNoise:
         """The source of one step."""
 
-
         def draw(tag: str = "step") -> Tensor:
             return self._draw(index, tag)
 
@@ -86,7 +85,6 @@ class NoNoise:
 
     def at(self, index: int) -> StepNoise:
         """Zeros at every step."""
-
 
         def draw(tag: str = "step") -> Tensor:
             return torch.zeros_like(self.like)

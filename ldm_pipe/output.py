@@ -42,7 +42,7 @@ class Target:
 
     @property
     def format(self) -> str:
-        """"PNG", "JPEG" or "WEBP"."""
+        """ "PNG", "JPEG" or "WEBP"."""
         return FORMATS[Path(self.name).suffix.lower()]
 
     def write(self, data: bytes, values: Mapping[str, object], suffix: str = "") -> Path:

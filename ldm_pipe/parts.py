@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ldm_pipe import tokens, weights
-from ldm_pipe.codec import Codec, DCCodec, KLCodec
+from ldm_pipe import configs, tokens, weights
+from ldm_pipe.codec import Codec, DCCodec, KLCodec, TinyCodec
+from ldm_pipe.configs import read_json as read_json
 from ldm_pipe.errors import ModelError
 from ldm_pipe.families import class_of
 from ldm_pipe.text import ClipTower, MaskedTower, TextEncoder
+from ldm_pipe.vision import MEAN, STD, ImageTower
 
 # Networks of our own, which read the same files: they start in a tenth of the time. What they do not know they leave.
 LIGHT = {
@@ -26,17 +28,17 @@ LIGHT = {
     "CLIPTextModel": "ldm_pipe.networks.light_clip:ClipTextModel",
     "CLIPTextModelWithProjection": "ldm_pipe.networks.light_clip:with_projection",
 }
-LONGEST_JSON = 4 * 2**20
 TABLES, LARGEST_TABLE = ("sample_size", "pos_embed_max_size"), 512  # sides of tables of positions, computed while building
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-CODECS: dict[str, Any] = {"AutoencoderKL": KLCodec, "AutoencoderDC": DCCodec}
+CODECS: dict[str, Any] = {"AutoencoderKL": KLCodec, "AutoencoderDC": DCCodec, "AutoencoderTiny": TinyCodec}
 
 
 class Made(NamedTuple):
     """What a family's file puts together. patch: latent pixels of a side that the network takes together; embeds: the network
     is told the guidance scale and needs no second branch; inserts: what of a picture goes behind x as further channels
     ("masked": a mask and the picture without it, "picture": the picture), None where nothing does. defaults: what this model
-    is run with instead of its family's defaults."""
+    is run with instead of its family's defaults. vectors: makes of pictures what the network is told of them, where it
+    was trained with pictures (`networks.unclip`)."""
 
     network: Any
     text: TextEncoder
@@ -45,25 +47,27 @@ class Made(NamedTuple):
     embeds: bool = False
     inserts: str | None = None
     defaults: Mapping[str, Any] = MappingProxyType({})
+    vectors: Any = None
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
     """A folder in diffusers' layout. index: its model_index.json. words: what its text encoder knows, where that is a closed
-    list. guidance: the scale to assume where a network wants to be told one and none is given."""
+    list. guidance: the scale to assume where a network wants to be told one and none is given. how: weights are read."""
 
     folder: Path
     index: Mapping[str, Any]
     words: tuple[str, ...] = ()
     guidance: float = 7.5
     loaded: dict[str, Any] = field(default_factory=dict)
+    how: weights.How = weights.STRICT
 
     def has(self, part: str) -> bool:
         """Does the index name a class for this part?"""
         return class_of(self.index, part) is not None
 
     def network(self, part: str) -> Any:
-        """One network in fp32: the light one where config.json asks only for what that one knows, else the class of the index.
+        """One network: the light one where config.json asks only for what that one knows, else the class of the index.
 
         Either way its every tensor is read from safetensors, no tensor is left over, and every weight is finite.
         """
@@ -75,34 +79,33 @@ class Parts:
         place, (library, name) = self.folder / part, str(class_of(self.index, part)).split(".")
         if (place / "config.json").is_file():
             config = read_json(place / "config.json")
-            weights.plausible(config, f"{self.folder.name}/{part}/config.json")
+            configs.plausible(config, f"{self.folder.name}/{part}/config.json")
             file = place / WEIGHTS[library]
             if name in LIGHT and file.is_file() and not Path(f"{file}.index.json").exists():
                 module, _, build = LIGHT[name].partition(":")
                 light = importlib.import_module(module)
-                ours = config.get("_class_name", name) == name and weights.known(light.Config, config)
+                ours = config.get("_class_name", name) == name and configs.known(light.Config, config)
                 if ours:
                     made = getattr(light, build)
-                    return weights.read(file, ours.parts, lambda: made(ours), getattr(light, "renamed", str))
-        return foreign(place, library, name)
+                    renamed, how = getattr(light, "renamed", str), self.how_of(part)
+                    return weights.read(file, ours.parts, lambda: made(ours), renamed, how)
+        return foreign(place, library, name, self.how_of(part))
+
+    def how_of(self, part: str) -> weights.How:
+        """How a part is read: a codec stays in fp32, which it may have to work in."""
+        return replace(self.how, dtype=weights.STRICT.dtype) if part == "vae" else self.how
 
     def codec(self) -> Codec:
         """Of the part `vae`."""
-        vae = self.network("vae")
-        scale, where = vae.config.scaling_factor, f"{self.folder.name}/vae/config.json"
-        if not (isinstance(scale, int | float) and math.isfinite(scale) and scale != 0):
-            raise ModelError(f"{where}: scaling_factor is {scale!r:.40}; it takes a finite number other than 0")
-        if getattr(vae.config, "latents_mean", None) is not None:
-            raise ModelError(f"{where}: latents_mean is not supported")
-        codec: Codec = CODECS[str(class_of(self.index, "vae")).split(".")[1]](vae)
-        return codec
+        name = str(class_of(self.index, "vae")).split(".")[1]
+        return _codec(self.network("vae"), name, f"{self.folder.name}/vae/config.json")
 
     def tokenizer(self, part: str, vocabulary: int) -> tokens.Tokenizer:
         """CLIP's own where the folder holds no more than that, else whatever transformers makes of it."""
         place, name = self.folder / part, str(class_of(self.index, part)).split(".")[1]
         with weights.named(place):
             light = tokens.read(place, vocabulary) if name.startswith("CLIP") else None
-            return light or _foreign_tokenizer(place, name)
+            return light or foreign_tokenizer(place, name)
 
     def clip(self, suffix: str = "") -> ClipTower:
         """A CLIP text model and its tokenizer, `text_encoder` + suffix."""
@@ -115,7 +118,41 @@ class Parts:
         return MaskedTower(encoder, self.tokenizer(f"tokenizer{suffix}", encoder.config.vocab_size), window)
 
 
-def foreign(place: Path, library: str, name: str) -> Any:
+def codec(place: Path) -> Codec:
+    """The autoencoder of a folder of its own, in fp32."""
+    config, where = read_json(place / "config.json"), f"{place.name}/config.json"
+    configs.plausible(config, where)
+    name = config.get("_class_name")
+    if name not in CODECS:
+        raise ModelError(f"{where}: _class_name is {name!r:.60}; an autoencoder is one of {', '.join(CODECS)}")
+    return _codec(foreign(place, "diffusers", str(name)), str(name), where)
+
+
+def _codec(vae: Any, name: str, where: str) -> Codec:
+    scale = vae.config.scaling_factor
+    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale != 0):
+        raise ModelError(f"{where}: scaling_factor is {scale!r:.40}; it takes a finite number other than 0")
+    if getattr(vae.config, "latents_mean", None) is not None:
+        raise ModelError(f"{where}: latents_mean is not supported")
+    found: Codec = CODECS[name](vae)
+    return found
+
+
+def vision(place: Path, prepared: Path | None = None) -> ImageTower:
+    """The image encoder of a folder in transformers' layout, in fp32. prepared: the folder whose preprocessor_config.json says
+    how pictures are normalised, where it has one; `place` by default."""
+    config = read_json(place / "config.json")
+    configs.plausible(config, f"{place.name}/config.json")
+    encoder = foreign(place, "transformers", "CLIPVisionModelWithProjection")
+    file = (prepared or place) / "preprocessor_config.json"
+    said = read_json(file) if file.is_file() else {}
+    given = [said.get(f"image_{name}", list(usual)) for name, usual in (("mean", MEAN), ("std", STD))]
+    if not all(isinstance(v, list) and len(v) == 3 and all(type(n) in (int, float) for n in v) for v in given) or 0 in given[1]:
+        raise ModelError(f"{file.parent.name}/{file.name}: image_mean and image_std take three numbers each, no std of 0")
+    return ImageTower(encoder, int(encoder.config.image_size), *(tuple(v) for v in given))
+
+
+def foreign(place: Path, library: str, name: str, how: weights.How = weights.STRICT) -> Any:
     """The network as its own library reads it: split files, and whatever the light ones do not know."""
     import torch
 
@@ -130,13 +167,17 @@ def foreign(place: Path, library: str, name: str) -> Any:
         asked = sum(p.numel() for p in empty.parameters())
         if asked > 1.1 * sum(held.values()) + 10_000:
             raise ModelError(f"{where}: config.json asks for {asked:,} parameters, the files hold {sum(held.values()):,}")
-        found, report = cls.from_pretrained(
-            place, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        rest: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        if how.notes is not None:
+            rest |= {"ignore_mismatched_sizes": True} | ({"low_cpu_mem_usage": False} if library == "diffusers" else {})
+        found, report = cls.from_pretrained(place, torch_dtype=how.dtype, **rest)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, report.get(fault) or ()))
-        if keys:
-            raise ModelError(f"{where}: {fault.split('_')[0]} tensor {keys[0]!r} and {len(keys) - 1} more")
+        keys = [str(k[0] if isinstance(k, tuple) else k) for k in report.get(fault) or ()]
+        weights.refuse(where, fault.split("_")[0], keys, how.notes)
+        for key in keys if fault != "unexpected_keys" else ():  # left as memory that nobody wrote
+            owner, _, leaf = key.rpartition(".")
+            tensor = getattr(found.get_submodule(owner), leaf)
+            tensor.data = weights.drawn(key, tuple(tensor.shape)).to(how.dtype)
     weights.finite(found, where)
     return found.eval().requires_grad_(False)
 
@@ -153,7 +194,8 @@ def _asks_no_more(config: Mapping[str, Any], held: Mapping[str, int], where: str
             raise ModelError(f"{where}: config.json holds {name}, which is not supported; take the plain weights")
 
 
-def _foreign_tokenizer(place: Path, name: str) -> tokens.FromTransformers:
+def foreign_tokenizer(place: Path, name: str) -> tokens.FromTransformers:
+    """The tokenizer of a folder as transformers reads it."""
     with quiet():
         import transformers
 
@@ -175,24 +217,11 @@ def quiet() -> Iterator[None]:
         for log, _, _ in levels:
             log.set_verbosity_error()
             log.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what the libraries will rename in themselves
+            yield
     finally:
         for log, verbosity, bars in levels:
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder. Raises ModelError naming the file."""
-    if not path.is_file():
-        raise ModelError(f"{path.resolve().parent.name} has no {path.name}; a model is a folder in diffusers' layout")
-    if path.stat().st_size > LONGEST_JSON:
-        raise ModelError(f"{path.parent.name}/{path.name} is longer than {LONGEST_JSON} bytes; no configuration is")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path.parent.name}/{path.name} cannot be read as JSON: {type(error).__name__}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path.parent.name}/{path.name} holds {type(found).__name__}, not an object")
-    return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldm_pipe import backends, image, memory
+from ldm_pipe import backends, image, memory, weights
 from ldm_pipe.cond import Cond
 from ldm_pipe.device import pick_device, pick_dtype
 from ldm_pipe.editing.keep import Keep
@@ -18,53 +19,18 @@ from ldm_pipe.editing.source import Source
 from ldm_pipe.errors import EnvironmentFault, UsageError, finite
 from ldm_pipe.level import Level
 from ldm_pipe.loading import Bundle, load
-from ldm_pipe.model import Denoiser, Rule, guided
+from ldm_pipe.model import CondAt, Denoiser, Rule, guided
 from ldm_pipe.noise import Noise
-from ldm_pipe.plan import Plan, conditions, plan, resolve
-from ldm_pipe.settings import Settings
+from ldm_pipe.offload import Offload
+from ldm_pipe.plan import Plan, conditions, plan, resolve, ruled, together, told
+from ldm_pipe.result import Output as Output  # part of what this module offers
+from ldm_pipe.settings import Settings, check_offload
 from ldm_pipe.walk import Step, trajectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-WIDE = 256  # channels from which bf16 gains on a CPU (x1.3; x2.1 at 1280): scripts/bench/dtype.py
 PROBE = 16  # latent pixels of the small run from which a large one's memory is forecast
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a call returns: one entry per image, prompts in order, each prompt's images together.
-
-    latents: [N,C,h,w]. evaluations: how many images the network saw, per branch. notices: sentences for the user. places:
-    (size of the batch an image was computed in, its row there). recorded: what else their recipes say. walked: steps that ran.
-    """
-
-    images: list[Image]
-    latents: Tensor
-    seeds: tuple[int, ...]
-    prompts: tuple[str, ...]
-    settings: Settings
-    evaluations: Counter[str]
-    notices: tuple[str, ...] = ()
-    places: tuple[tuple[int, int], ...] = ()
-    recorded: Mapping[str, Any] = field(default_factory=dict)
-    walked: int = 0
-
-    @classmethod
-    def joined(cls, parts: Sequence[Output]) -> Output:
-        """The outputs of several batches as one."""
-        return cls(
-            [i for part in parts for i in part.images],
-            torch.cat([part.latents for part in parts]),
-            tuple(s for part in parts for s in part.seeds),
-            tuple(p for part in parts for p in part.prompts),
-            parts[0].settings,
-            sum((part.evaluations for part in parts), Counter()),
-            tuple(dict.fromkeys(n for part in parts for n in part.notices)),
-            tuple(place for part in parts for place in part.places),
-            parts[0].recorded,
-            parts[0].walked,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,31 +41,53 @@ class Pipeline:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     attention: str = "sdpa"
+    offload: Offload | None = None
 
     @classmethod
     def from_pretrained(
-        cls, source: str = "builtin", device: str = "auto", dtype: str = "auto", attention: str = "auto"
+        cls,
+        source: str = "builtin",
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        offload: str = "none",
+        **loading: Any,
     ) -> Pipeline:
-        """Load "builtin" or a diffusers folder. Raises ModelError, UsageError or EnvironmentFault, one sentence each."""
-        return cls(load(source)).to(device, dtype, attention)
+        """Load whatever `loading.load` takes; its `allow_partial`, `tokenizer` and `text_encoder` may be given too. Weights are
+        converted as they are read. Raises ModelError, UsageError or EnvironmentFault, one sentence each."""
+        check_offload(offload)
+        where = pick_device(device)
+        bundle = load(source, kind=lambda wide: pick_dtype(dtype, where, wide)[0], **loading)
+        found = cls(bundle).to(device, dtype, attention, offload)
+        return replace(found, bundle=found.bundle.told())
 
-    def to(self, device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Pipeline:
+    def to(self, device: str = "auto", dtype: str = "auto", attention: str = "auto", offload: str = "none") -> Pipeline:
         """The pipeline on a device ("auto", "cpu", "cuda", "cuda:1") in a dtype ("auto", "fp32", "fp16", "bf16"), with one of
-        `backends.BACKENDS` or "auto". The weights move; use the pipeline that is returned."""
+        `backends.BACKENDS` or "auto". offload: "none", or the weights stay on the CPU and visit the device by part ("model")
+        or by block ("sequential"). The weights move; use the pipeline that is returned."""
+        check_offload(offload)
         where = pick_device(device)
         kind, _ = pick_dtype(dtype, where, self.wide)
-        bundle = self.bundle.to(where, kind)
-        return Pipeline(bundle, where, kind, backends.choose(bundle.model, attention, where, kind))
+        if self.offload is not None:
+            self.offload.remove()
+        bundle = self.bundle.to(where if offload == "none" else torch.device("cpu"), kind)
+        found = Pipeline(bundle, where, kind, backends.choose(bundle.model, attention, where, kind))
+        return found if offload == "none" else found.visiting(offload)
+
+    def visiting(self, how: str) -> Pipeline:
+        """The pipeline, whose weights lie on the CPU, with hooks that take them to its device."""
+        bundle = replace(self.bundle, place=self.device)
+        return replace(self, bundle=bundle, offload=Offload.of(bundle.modules(), how, self.device))
 
     @property
     def name(self) -> str:
-        """"builtin", or the last part of the model's folder: never a path of this machine."""
+        """ "builtin", or the last part of the model's folder: never a path of this machine."""
         return self.bundle.name if self.bundle.name == "builtin" else self.bundle.name.rstrip("/").rpartition("/")[2]
 
     @property
     def wide(self) -> bool:
         """Is the network wide enough to gain from bf16 on a CPU?"""
-        return max((p.shape[0] for p in self.bundle.model.parameters() if p.ndim == 4), default=0) >= WIDE
+        return max((p.shape[0] for p in self.bundle.model.parameters() if p.ndim == 4), default=0) >= weights.WIDE
 
     def __call__(
         self,
@@ -144,8 +132,8 @@ class Pipeline:
         size, notes = self._room(whole, whole.given.batch_size), list[str]()
         first = 0
         while first < len(whole.rows):
-            out, part = None, whole.batch(first, size)
-            with memory.forgiven():
+            out, part = None, whole.batch(first, together(self.bundle, whole, first, size))
+            with memory.forgiven(), self.offload.turn() if self.offload else nullcontext():
                 out = self._finish(part, on_step, notes)
             if out is None and len(part.rows) == 1:
                 factor, (height, width) = self.bundle.codec.factor, part.shape[1:]
@@ -161,7 +149,11 @@ class Pipeline:
     def steps(self, prompt: str, rule: Rule | None = None, **settings: Any) -> Iterator[Step]:
         """The trajectory of one prompt's first batch, step by step (previews: `pipe.decode(step.estimate.x0)`)."""
         whole = self.plan(prompt, rule, **settings)
-        yield from self._walk(whole.batch(0, whole.given.batch_size), Counter())
+        try:
+            yield from self._walk(whole.batch(0, whole.given.batch_size), Counter())
+        finally:
+            if self.offload:
+                self.offload.home()
 
     def resolve(self, settings: Settings, source: Source | None = None) -> Settings:
         """The settings with every None decided: the model's defaults, a drawn seed. source: what an edit starts from."""
@@ -200,12 +192,10 @@ class Pipeline:
         images = image.to_pil(decoded)
         if part.source is not None:
             images = part.source.paste(images)
-        told = [n for p in dict.fromkeys((*part.prompts, part.negative)) for n in self.bundle.text.notices(p)] + notes
-        if part.report is not None:
-            told.append(part.report(decoded))
+        said = [*told(self.bundle, part), *notes, *([part.report(decoded)] if part.report is not None else [])]
         places = tuple((len(images), row) for row in range(len(images)))
-        told = list(dict.fromkeys(told))
-        return Output(images, x, part.seeds, part.prompts, part.given, evaluations, tuple(told), places, part.recorded, walked)
+        said = list(dict.fromkeys(said))
+        return Output(images, x, part.seeds, part.prompts, part.given, evaluations, tuple(said), places, part.recorded, walked)
 
     def _decoded(self, latents: Tensor, notes: list[str]) -> Tensor:
         """Finite images of latents; a decoder that overflows in fp16 is asked again in fp32."""
@@ -218,7 +208,7 @@ class Pipeline:
     def _walk(self, part: Plan, evaluations: Counter[str]) -> Iterator[Step]:
         noise = Noise(part.seeds, part.shape, self.device)
         branches = self.bundle.model.branches(**{**self.conds(part), **part.conds})
-        denoise, x = self._started(part, guided(branches, part.rule), noise.start())
+        denoise, x = self._started(part, guided(branches, ruled(self.bundle, part)), noise.start())
         for step in trajectory(denoise, x, part.levels, part.sampler, part.noise or noise):
             where = f"at step {step.number + 1} of {len(part.levels) - 1}"
             finite(step.estimate.x0, f"the network's estimate {where} holds")
@@ -238,8 +228,8 @@ class Pipeline:
             denoise = Keep(x0, mask, float(part.levels[0].u))(denoise)
         return denoise, part.levels[0].mix(x0, noise) if part.start is None else part.start
 
-    def conds(self, part: Plan) -> dict[str, Cond]:
-        """The usual branches."""
+    def conds(self, part: Plan) -> dict[str, Cond | CondAt]:
+        """The usual branches and those that the rule names."""
         return conditions(self.bundle, part)
 
     @torch.no_grad()

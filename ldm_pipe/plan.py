@@ -16,6 +16,7 @@ from ldm_pipe.codec import Codec
 from ldm_pipe.cond import Cond
 from ldm_pipe.editing.source import Source
 from ldm_pipe.errors import UsageError
+from ldm_pipe.grammar import spoken
 from ldm_pipe.guide import guides, parse
 from ldm_pipe.level import Level
 from ldm_pipe.levels import tail
@@ -23,9 +24,10 @@ from ldm_pipe.loading import Bundle, load
 from ldm_pipe.model import CondAt, Denoiser, Model, Rule
 from ldm_pipe.noise import Recorded, seeds_of
 from ldm_pipe.patch import Patch, Patched, Run, root
-from ldm_pipe.prepare import prepared, texts
+from ldm_pipe.prepare import ready, texts
 from ldm_pipe.settings import Settings, check_sides
 from ldm_pipe.walk import Sampler
+from ldm_pipe.wording import Script, State, joined, notices, reads
 
 Row = tuple[str, int]
 Guide = Callable[[Denoiser], Denoiser]
@@ -37,7 +39,8 @@ class Plan:
 
     shape: (C, h, w) of one latent. given: the resolved settings it follows from. source: the picture that an edit starts from.
     start, noise: x at the first level [N,C,h,w] and what the sampler draws, where an inversion found them. conds: conditions of
-    all images that take the place of the usual ones, by branch.
+    all images that take the place of the usual ones, by branch. texts: prompts of further branches, of all images. paced: the
+    levels whose steps a prompt's schedule counts, where they are not those of the walk.
     guides: what corrects the guided estimate, the first one innermost. recorded: what else the recipe is to say (fields of
     `Recipe`). report: makes a sentence for the user of the finished images [B,3,H,W]. Methods change a plan with
     `dataclasses.replace`; `Pipeline.run` runs it.
@@ -57,6 +60,8 @@ class Plan:
     guides: tuple[Guide, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[Tensor], str] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    paced: tuple[Level, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -70,9 +75,10 @@ class Plan:
 
     def corrected(self, denoise: Denoiser, codec: Codec) -> Denoiser:
         """The denoiser under the guides. One that has `prepared(codec, prompts)` is made ready for these images first."""
+        words = tuple(spoken(prompt, self.given.plain_prompt) for prompt in self.prompts)
         for guide in self.guides:
             made: Any = guide
-            denoise = (made.prepared(codec, self.prompts) if hasattr(made, "prepared") else made)(denoise)
+            denoise = (made.prepared(codec, words) if hasattr(made, "prepared") else made)(denoise)
         return denoise
 
     def batch(self, first: int, size: int) -> Plan:
@@ -144,14 +150,14 @@ def plan(
         source = replace(source, held=source.held and bundle.inserts is None)
     recorded = {"sources": source.digests} if source is not None else {}
     rows = _rows(prompts, given)
-    rule = prepared(rule, given, _loader(bundle))
-    named = {
-        branch: bundle.conditions([text] * len(rows), given.negative_prompt, given.guidance_scale)["cond"]
-        for branch, text in {**texts(rule), **(conds or {})}.items()
-    }
+    rule = ready(rule, given, _loader(bundle))
+    named = {**texts(rule), **(conds or {})}
     correct = guides(given.guide) if given.guide else ()
     found = Plan(rows, given.negative_prompt, tuple(walk), sampler, rule, shape, given, source, recorded=recorded)
-    return replace(found, conds=named, guides=correct)
+    found = replace(found, texts=named, guides=correct)
+    for row in dict(rows).items():
+        ruled(bundle, replace(found, rows=(row,)))  # said before the run
+    return found
 
 
 def _loader(bundle: Bundle) -> Callable[[str], Model]:
@@ -159,7 +165,7 @@ def _loader(bundle: Bundle) -> Callable[[str], Model]:
 
     def other(folder: str) -> Model:
         weight = next(bundle.model.parameters())
-        return load(folder).to(weight.device, weight.dtype).model
+        return load(folder).to(bundle.device, weight.dtype).model
 
     return other
 
@@ -170,12 +176,53 @@ def _spacing(given: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
     return {**({"tokens": max(1, shape[1] * shape[2] // 4)} if asks else {}), **given.spacing_set}
 
 
-@torch.no_grad()
-def conditions(bundle: Bundle, part: Plan) -> dict[str, Cond]:
-    """The usual branches of a run, with what of its source the network takes behind x."""
-    found = bundle.conditions(part.prompts, part.negative, part.given.guidance_scale)
+def conditions(bundle: Bundle, part: Plan) -> dict[str, Cond | CondAt]:
+    """The usual branches of a run and those that its rule names, with what of its source the network takes behind x; a function
+    of the level where the prompts' words change over the walk."""
     size = (part.shape[1] * bundle.codec.factor, part.shape[2] * bundle.codec.factor)
-    return with_channels(found, bundle.inserts, bundle.codec, part.source, size)
+
+    @torch.no_grad()
+    def encode(words: State, chunks: int) -> dict[str, Cond]:
+        row, negative, scale = dict(words), words["uncond"][0], part.given.guidance_scale
+        found = bundle.conditions(row.pop("cond"), negative, scale, chunks)
+        found = with_channels(found, bundle.inserts, bundle.codec, part.source, size)
+        del row["uncond"]
+        others = {name: bundle.conditions(w, negative, scale, chunks)["cond"] for name, w in row.items()}
+        return found | {name: replace(cond, channels=found["cond"].channels) for name, cond in others.items()}
+
+    if reads(bundle.text, part.given.plain_prompt):
+        return _script(part).conds(bundle.text, encode)
+    same = {name: (text,) * len(part.rows) for name, text in {"uncond": part.negative, **part.texts}.items()}
+    return {**encode({"cond": part.prompts, **same}, 1)}
+
+
+def _script(part: Plan) -> Script:
+    return Script.of(part.prompts, part.negative, part.texts, part.paced or part.levels)
+
+
+def ruled(bundle: Bundle, part: Plan) -> Rule:
+    """The rule of a batch, made for the parts that AND joins in its prompts. Raises UsageError where that cannot be."""
+    if not reads(bundle.text, part.given.plain_prompt):
+        return part.rule
+    return joined(part.rule, _script(part).weights, bundle.inserts)
+
+
+def together(bundle: Bundle, whole: Plan, first: int, size: int) -> int:
+    """How many images from number `first` on, `size` at most, are computed at once: prompts that take as many windows of the
+    encoder and join parts of the same weights. So an image is the same whatever else is drawn."""
+    rows = whole.prompts[first : first + size]
+    if not reads(bundle.text, whole.given.plain_prompt):
+        return len(rows)
+    scripts = {p: Script.of((p,), whole.negative, whole.texts, whole.paced or whole.levels) for p in rows}
+    kinds = {p: (script.chunks(bundle.text), script.weights) for p, script in scripts.items()}
+    return next((k for k, p in enumerate(rows) if kinds[p] != kinds[rows[0]]), len(rows))
+
+
+def told(bundle: Bundle, part: Plan) -> list[str]:
+    """What a user should know of the prompts."""
+    plain, distinct = part.given.plain_prompt, dict.fromkeys(part.prompts)
+    said = [n for p in distinct for n in notices(bundle.text, p, plain)]
+    return said + notices(bundle.text, part.negative, plain, joins=False)
 
 
 def _rows(prompts: Sequence[str], given: Settings) -> tuple[Row, ...]:

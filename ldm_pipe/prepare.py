@@ -12,11 +12,11 @@ from ldm_pipe.settings import Settings
 TEXT = "text:"  # a branch whose name begins so is the condition of the prompt that follows
 
 
-def prepared(rule: Any, given: Settings, load: Callable[[str], Model]) -> Rule:
+def ready(rule: Any, given: Settings, load: Callable[[str], Model]) -> Rule:
     """The rule and those that it wraps, each asked: `suits(settings)` raises UsageError where it is for other runs,
     `opened(load)` loads what it names."""
     if hasattr(rule, "rule"):
-        rule = dataclasses.replace(rule, rule=prepared(rule.rule, given, load))
+        rule = dataclasses.replace(rule, rule=ready(rule.rule, given, load))
     if hasattr(rule, "suits"):
         rule.suits(given)
     return rule.opened(load) if hasattr(rule, "opened") else rule

@@ -36,7 +36,8 @@ class Recipe:
 
     sources: SHA-256 of the pixels an edit started from. edit, restoration: the fields of the `Edit` or the `Restoration` it
     was. hires: of the second pass; height and width are the first's. filtered: the share of images that was kept.
-    controls, adapters: name, digest and settings of each. patches: as --patch takes them, those of `speed` among them.
+    image_prompt: how a picture stood beside the words. controls, adapters: name, digest and settings of each. patches: as
+    --patch takes them, those of `speed` among them.
     digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
     """
 
@@ -59,11 +60,13 @@ class Recipe:
     edit: dict[str, Any] = field(default_factory=dict)
     restoration: dict[str, Any] = field(default_factory=dict)
     hires: dict[str, Any] = field(default_factory=dict)
+    image_prompt: dict[str, Any] = field(default_factory=dict)
     controls: tuple[dict[str, Any], ...] = ()
     adapters: tuple[dict[str, Any], ...] = ()
     filtered: dict[str, Any] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     speed: str = ""
+    plain_prompt: bool = True  # as prompts were read before there was a grammar
     model: str = "builtin"
     digests: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"

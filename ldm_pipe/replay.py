@@ -16,6 +16,7 @@ from ldm_pipe.doors.controls import Controls
 from ldm_pipe.doors.edit import Edit
 from ldm_pipe.doors.hallucinations import Filter
 from ldm_pipe.doors.hires import Hires
+from ldm_pipe.doors.image_prompt import ImagePrompt
 from ldm_pipe.doors.patches import Patches
 from ldm_pipe.doors.restoration import Inpainting, Restoration
 from ldm_pipe.errors import UsageError
@@ -73,15 +74,16 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The keywords of the pipeline that run a recipe again."""
     names = ("negative_prompt", "steps", "strength", "guidance_scale", "guide", "sampler", "spacing", "height", "width")
     given = {n: getattr(recipe, n) for n in (*names, "sampler_set", "spacing_set")}
+    given["plain_prompt"] = recipe.plain_prompt
     return given | {"seeds": (recipe.seed,) * recipe.batch, "batch_size": recipe.batch}
 
 
 def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Any] | None = None, controls: Controls = NONE) -> Output:
     """Run a recipe. The image is computed in a batch of the recorded size, at its place in it. pictures: what it started from,
-    as "init_image", "mask", "input", and as "controls" those of `controls` in order. Raises UsageError where those are not the
-    ones it was made from."""
+    as "init_image", "mask", "input", "image_prompt", and as "controls" those of `controls` in order. Raises UsageError where
+    those are not the ones it was made from."""
     given = dict(pictures or {})
-    for name in ("init_image", "mask", "input"):
+    for name in ("init_image", "mask", "input", "image_prompt"):
         if (name in recipe.sources) != (name in given):
             wanted = "is needed: the image was made from one" if name in recipe.sources else "was not used for it"
             raise UsageError(f"--{name.replace('_', '-')} {wanted}")
@@ -95,6 +97,9 @@ def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Any] | None = N
         whole = pipe.plan([recipe.prompt] * recipe.batch, None, given.get("init_image"), mask, **settings)
 
     whole = strict.build(Filter, recipe.filtered, "recipe: filtered").applied(pipe.bundle.model, whole)
+    if "image_prompt" in given:
+        shown = strict.build(ImagePrompt, recipe.image_prompt, "recipe: image_prompt")
+        whole = shown.applied(pipe, whole, given["image_prompt"])
 
     def dress(plan: Plan) -> Plan:
         plan = controls.again(recipe.controls).applied(pipe, plan, given.get("controls", ()))

@@ -3,86 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
-from ldm_pipe import guide, inputs, level_file, registry, strict
+from ldm_pipe import grammar, guide, inputs, level_file, registry, strict
 from ldm_pipe.doors.adapters import Adapters
 from ldm_pipe.doors.controls import Controls
 from ldm_pipe.doors.edit import Edit
 from ldm_pipe.doors.hallucinations import Filter
 from ldm_pipe.doors.hires import Hires
+from ldm_pipe.doors.image_prompt import ImagePrompt
 from ldm_pipe.doors.patches import Patches
 from ldm_pipe.doors.restoration import PLAIN, Inpainting, Restoration
 from ldm_pipe.errors import UsageError, unknown
+from ldm_pipe.flags import SETTINGS, WITH_REPLAY, WITH_SHOW, Flags
+from ldm_pipe.looking import attention_maps
 from ldm_pipe.looking.flags import Looking
-from ldm_pipe.settings import Settings, check_attention, check_device, check_dtype, check_sides
-
-SETTINGS = (
-    "negative_prompt", "seed", "steps", "guidance_scale", "guide", "sampler", "spacing", "num_images", "height", "width",
-    "batch_size", "strength",
-)  # fmt: skip
-WITH_SHOW = ("show", "json", "quiet", "debug", "model", "device", "dtype", "attention")
-FILES = ("init_image", "mask", "input", "control", "control_image", "lora", "embedding")
-WITH_REPLAY = ("replay", "verify", "output", "force", *FILES, *WITH_SHOW[1:])
+from ldm_pipe.settings import Settings, check_attention, check_device, check_dtype, check_offload, check_sides
 
 
 @dataclass(frozen=True)
-class Request:
-    """The flags of `generate`, which are also the keys of a --config file. None: the model's default."""
-
-    prompt: tuple[str, ...] = ()
-    prompts: str | None = None
-    negative_prompt: str = ""
-    model: str = "builtin"
-    output: str | None = None
-    num_images: int = 1
-    seed: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    guide: str | None = None
-    sampler: str | None = None
-    spacing: str | None = None
-    set: tuple[str, ...] = ()
-    height: int | None = None
-    width: int | None = None
-    batch_size: int = 16
-    init_image: str | None = None
-    mask: str | None = None
-    outpaint: str | None = None
-    strength: float | None = None
-    edit: str | None = None
-    control: tuple[str, ...] = ()
-    control_image: tuple[str, ...] = ()
-    control_scale: tuple[float, ...] = ()
-    lora: tuple[str, ...] = ()
-    embedding: tuple[str, ...] = ()
-    attention_maps: str | None = None
-    hires: str | None = None
-    filter_hallucinations: float | None = None
-    patch: tuple[str, ...] = ()
-    speed: str | None = None
-    restore: str | None = None
-    input: str | None = None
-    method: str | None = None
-    dtype: str = "auto"
-    attention: str = "auto"
-    device: str = "auto"
-    grid: bool = False
-    force: bool = False
-    json: bool = False
-    quiet: bool = False
-    debug: bool = False
-    verify: bool = False
-    list: str | None = None
-    record: str | None = None
-    preview: str | None = None
-    sweep: tuple[str, ...] = ()
-    doctor: bool = False
-    check: bool = False
-    show: str | None = None
-    replay: str | None = None
+class Request(Flags):
+    """The flags of `generate`, read: what each of them asks for, checked."""
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> Request:
@@ -110,16 +53,18 @@ class Request:
             if self.num_images > 1 and self.input is not None and edit.inversion != "dpm_encoder":
                 drawn = "--set edit.inversion=dpm_encoder draws different ones"
                 raise UsageError(f"--num-images: inversion {edit.inversion} gives the same image for every seed; {drawn}")
+            self._check_grammar((edit.source, edit.target))
             return (edit.source, edit.target), None
         given = [sys.stdin.read().strip() if p == "-" else p for p in self.prompt]
         rows: list[tuple[str, int | None]] = [(p, None) for p in given]
         rows += inputs.rows(self.prompts) if self.prompts is not None else []
         if self.prompts is not None and len(rows) == len(given):
             raise UsageError(f"--prompts {self.prompts!r} holds no prompt")
-        if not rows and self.restore is not None:
+        if not rows and (self.restore is not None or self.image_prompt is not None):
             rows = [("", None)]
         if not rows:
             raise UsageError('--prompt is needed, such as --prompt "a fox on a blue background"')
+        self._check_grammar([p for p, _ in rows])
         seeds = [s for _, s in rows if s is not None]
         if seeds and self.seed is not None:
             raise UsageError(f"--seed and the seeds in --prompts {self.prompts!r} exclude each other")
@@ -127,12 +72,20 @@ class Request:
             raise UsageError(f"--prompts {self.prompts!r}: give every prompt a seed, or none")
         return tuple(p for p, _ in rows), tuple(seeds) or None
 
+    def _check_grammar(self, prompts: Sequence[str]) -> None:
+        """Raise UsageError on weights and nesting that cannot be, before a model is loaded."""
+        if not self.plain_prompt:
+            for prompt in prompts:
+                grammar.parse(prompt)
+            grammar.parse(self.negative_prompt, joins=False)
+
     def settings(self, seeds: tuple[int, ...] | None) -> dict[str, Any]:
         """The keywords of the pipeline. Raises UsageError on any that is wrong."""
         found: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS} | {"seeds": seeds}
         found |= {f"{kind}_set": self.fields(kind) for kind in ("sampler", "spacing")}
         self.restored()
         self.patches()
+        self.pictured()
         self.controls()
         self.adapters()
         self.enlarged()
@@ -145,6 +98,8 @@ class Request:
         check_device(self.device)
         check_dtype(self.dtype)
         check_attention(self.attention)
+        check_offload(self.offload)
+        attention_maps.check_folder(self.attention_maps)
         check_sides(settings, inputs.factor(self.model))
         if self.guide is not None:
             if self.guidance_scale is not None:
@@ -163,7 +118,7 @@ class Request:
         """What --record, --preview and --sweep ask for."""
         if self.sweep and self.grid:
             raise UsageError("--sweep writes a sheet of its own; --grid does not go with it")
-        return Looking(self.record, self.preview, self.sweep, self.force)
+        return Looking(self.record, self.preview, self.sweep, self.force, self.preview_decoder)
 
     def fields(self, wanted: str) -> dict[str, str]:
         """The fields of one kind of method that --set gives. Raises UsageError on what is not of the form."""
@@ -193,13 +148,23 @@ class Request:
             raise UsageError("--filter-hallucinations goes with a prompt alone: no picture, --hires, --sweep, --record")
         return Filter(self.filter_hallucinations)
 
+    def pictured(self) -> ImagePrompt | None:
+        """What --image-prompt asks for."""
+        if self.image_prompt is None:
+            if self.noise_level is not None:
+                raise UsageError("--noise-level goes with --image-prompt FILE")
+            return None
+        if self.edit is not None or self.restore is not None:
+            raise UsageError("--image-prompt goes with a prompt, not with --edit or --restore")
+        return ImagePrompt(self.noise_level or 0)
+
     def controls(self) -> Controls:
         """What --control asks for."""
         return Controls.of(self.control, len(self.control_image), self.control_scale, self.fields("control"))
 
     def adapters(self) -> Adapters:
         """What --lora and --embedding ask for."""
-        return Adapters.of(self.lora, self.embedding)
+        return replace(Adapters.of(self.lora, self.embedding), partial=self.allow_partial)
 
     def patches(self) -> Patches:
         """What --speed and --patch ask for."""

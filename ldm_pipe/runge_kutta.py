@@ -27,9 +27,7 @@ ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 
 MOST_TRIES = 2000
 
 
-def integrate(
-    f: Callable[[float, Tensor], Tensor], y: Tensor, start: float, end: float, tolerance: float = 1e-5
-) -> Tensor:
+def integrate(f: Callable[[float, Tensor], Tensor], y: Tensor, start: float, end: float, tolerance: float = 1e-5) -> Tensor:
     """y at `end` of y [B,...] at `start`, on either side of it. f(t, y) is asked for t between the two, both included.
 
     tolerance: of one step's error, absolute and relative to y, as a root mean square in the worst image. Raises NumericalError

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ldm_pipe.configs import LARGEST
 from ldm_pipe.errors import ModelError
 from ldm_pipe.families import Defaults
 from ldm_pipe.level import Path
@@ -23,7 +24,7 @@ def path_of(config: Mapping[str, Any], where: str = "scheduler") -> tuple[Path, 
     if is_flow(config):
         return Flow(), PREDICTIONS["flow"]
     if kind is None:
-        raise ModelError(f"{where}: prediction_type {config.get('prediction_type')!r} is not one of {', '.join(NAMES)}")
+        raise ModelError(f"{where}: prediction_type {config.get('prediction_type')!r:.60} is not one of {', '.join(NAMES)}")
     return _table(config, where), PREDICTIONS[kind]
 
 
@@ -45,13 +46,13 @@ def _table(config: Mapping[str, Any], where: str) -> VP:
     elif schedule in ("linear", "scaled_linear"):
         path = (VP.linear if schedule == "linear" else VP.scaled_linear)(start, end, steps)
     else:
-        raise ModelError(f"{where}: beta_schedule {schedule!r} is not one of linear, scaled_linear, squaredcos_cap_v2")
+        raise ModelError(f"{where}: beta_schedule {schedule!r:.60} is not one of linear, scaled_linear, squaredcos_cap_v2")
     return path.zero_terminal() if config.get("rescale_betas_zero_snr") else path
 
 
 def _number(config: Mapping[str, Any], name: str, default: float, where: str) -> float:
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         raise ModelError(f"{where}: {name} is {value!r:.60}; it takes a number")
     return value
 
@@ -60,7 +61,8 @@ def defaults_of(config: Mapping[str, Any], family: Defaults, where: str = "sched
     """The defaults of a family with the spacing that the scheduler has."""
     few = FEW_STEPS.get(str(config.get("_class_name")))
     if few:
-        return replace(family, sampler=few, steps=4, spacing="trailing", spacing_set={})
+        train = int(_number(config, "original_inference_steps", 50, where))
+        return replace(family, sampler=few, steps=4, spacing="lcm", spacing_set={"train": train})
     if not is_flow(config):
         spacing = config.get("timestep_spacing", "leading")
         offset = {"offset": int(_number(config, "steps_offset", 0, where))} if spacing == "leading" else {}

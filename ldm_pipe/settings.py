@@ -12,6 +12,7 @@ from ldm_pipe.errors import UsageError, unknown
 LARGEST_SIDE = 16_384
 ATTENTIONS = ("auto", "sdpa", "math", "xformers", "fast")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+OFFLOADS = ("none", "model", "sequential")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Settings:
     seed: of the first image of every prompt, 0..2^64 - 1 (image k has seed + k); None draws one. seeds: one for each prompt
     instead. steps: of the walk. guidance_scale: of classifier-free guidance, 1 = none. guide: a rule instead, such as
     "cfg(5) | between(0.2, 0.9)". sampler, spacing: registered names; sampler_set, spacing_set: their fields. num_images: per
-    prompt. height, width: pixels. batch_size: images computed together.
+    prompt. height, width: pixels. batch_size: images computed together. plain_prompt: brackets, AND and BREAK in prompts are
+    text, and what lies beyond the encoder's window is not seen.
     """
 
     negative_prompt: str = ""
@@ -40,6 +42,7 @@ class Settings:
     width: int | None = None
     batch_size: int = 16
     strength: float | None = None
+    plain_prompt: bool = False
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, 10_000)
@@ -72,6 +75,12 @@ def check_attention(name: str) -> None:
     """Raises UsageError where a text names no backend of attention."""
     if name not in ATTENTIONS:
         raise UsageError("--attention " + unknown("backend", name, ATTENTIONS))
+
+
+def check_offload(name: str) -> None:
+    """Raises UsageError where a text names no way of keeping weights on the CPU."""
+    if name not in OFFLOADS:
+        raise UsageError("--offload " + unknown("way of offloading", name, OFFLOADS))
 
 
 def check_sides(settings: Settings, factor: int) -> None:

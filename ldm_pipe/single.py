@@ -1,8 +1,7 @@
 """Single files in the layout of the first latent diffusion code: the networks of Stable Diffusion 1, 2 and XL in one.
 
-Such a file says nothing of itself: which model it is follows from its names, and the configuration is the published one, in
-`published/`. Names are those of CompVis' and Stability's code (Rombach et al. 2022, arXiv 2112.10752); those of the towers are
-OpenAI's and OpenCLIP's.
+Such a file says nothing of itself: which model it is follows from its names (`first_names`), and the configuration is the
+published one, in `published/`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import gzip
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from ldm_pipe import tokens, weights
 from ldm_pipe.errors import ModelError
 from ldm_pipe.families import class_of
+from ldm_pipe.first_names import open_clip, unet_name, vae_name
 from ldm_pipe.parts import LIGHT, Parts
 
 PUBLISHED = Path(__file__).resolve().parent / "published"
@@ -42,27 +42,32 @@ LEFT = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class FileParts(Parts):
-    """The parts that lie in one file; `folder` is the file. model: its name in `published/`; held: its tensors, mapped."""
+    """The parts that lie in one file; `folder` is the file. model: its name in `published/`; held: the names of its tensors."""
 
     model: str = "sd1"
     configs: Mapping[str, Any] = field(default_factory=dict)
-    held: Mapping[str, Tensor] = field(default_factory=dict)
+    held: tuple[str, ...] = ()
 
     def _read(self, part: str) -> Any:
+        from safetensors import safe_open
+
         module, _, build = LIGHT[str(class_of(self.index, part)).split(".")[1]].partition(":")
         light, where = importlib.import_module(module), f"{self.folder.name} ({part})"
         config = light.Config(**{n: _tupled(v) for n, v in self.configs[part].items() if not n.startswith("_")})
-        rows = list(self._converted(part, config))
-        made = getattr(light, build)
-        return weights.filled(where, lambda: made(config), {n: t for n, t, _ in rows}, {n: old for n, _, old in rows})
+        how, made = self.how_of(part), getattr(light, build)
+        with safe_open(self.folder, framework="pt") as found:
+            rows = list(self._converted(part, config, weights.tensors_as(self.folder, found, how.dtype)))
+        called = {n: old for n, _, old in rows}
+        return weights.filled(where, lambda: made(config), {n: t for n, t, _ in rows}, called, how)
 
-    def _converted(self, part: str, config: Any) -> Iterator[tuple[str, Tensor, str]]:
+    def _converted(self, part: str, config: Any, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor, str]]:
         """(new name, tensor, name in the file) of everything that belongs to a part."""
         prefix = {"unet": UNET, "vae": VAE, **MODELS[self.model]}[part]
-        for old, tensor in self.held.items():
+        for old in self.held:
             name = old.removeprefix(prefix)
             if name == old or LEFT.fullmatch(old):
                 continue
+            tensor = read(old)
             if part == "unet":
                 yield unet_name(name, config.layers_per_block), tensor, old
             elif part == "vae":
@@ -77,72 +82,6 @@ class FileParts(Parts):
         """CLIP's own, which is shipped."""
         merges = gzip.decompress((PUBLISHED / "clip_merges.txt.gz").read_bytes()).decode("utf-8")
         return tokens.published(merges, self.configs["pad"][part])
-
-
-def unet_name(name: str, layers: int) -> str:
-    """The present name of a U-Net's tensor. Blocks were counted through: `layers` resnets and a change of size each."""
-    for old, new in (("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
-                     ("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"),
-                     ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out")):  # fmt: skip
-        if name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    found = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)(?:\.(\d+))?\.(.+)", name)
-    if not found:
-        return name
-    way, i, rest = found[1], int(found[2]), found[4]
-    if way == "middle":
-        rest = f"{found[3]}.{rest}" if found[3] else rest
-        return f"mid_block.attentions.0.{rest}" if i == 1 else f"mid_block.resnets.{i // 2}.{_resnet(rest)}"
-    block, layer = divmod(i - (way == "input"), layers + 1)
-    stage = f"{'down' if way == 'input' else 'up'}_blocks.{block}"
-    if rest.startswith("op."):
-        return f"{stage}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-    if rest.startswith("conv.") and found[3] != "0":
-        return f"{stage}.upsamplers.0.{rest}"
-    return f"{stage}.resnets.{layer}.{_resnet(rest)}" if found[3] == "0" else f"{stage}.attentions.{layer}.{rest}"
-
-
-def _resnet(name: str) -> str:
-    for old, new in (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"),
-                     ("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut")):  # fmt: skip
-        if name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    return name
-
-
-def vae_name(name: str, blocks: int) -> str:
-    """The present name of an autoencoder's tensor. The decoder's blocks were counted from the image on."""
-    name = re.sub(r"coder\.down\.(\d+)\.block\.", r"coder.down_blocks.\1.resnets.", name)
-    name = re.sub(r"coder\.down\.(\d+)\.downsample\.", r"coder.down_blocks.\1.downsamplers.0.", name)
-    name = re.sub(r"coder\.up\.(\d+)\.", lambda m: f"coder.up_blocks.{blocks - 1 - int(m[1])}.", name)
-    name = re.sub(r"(up_blocks\.-?\d+)\.block\.", r"\1.resnets.", name)
-    name = re.sub(r"(up_blocks\.-?\d+)\.upsample\.", r"\1.upsamplers.0.", name)
-    name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
-    for old, new in (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-        name = name.replace(f".mid.attn_1.{old}.", f".mid_block.attentions.0.{new}.")
-    return name.replace(".norm_out.", ".conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
-
-
-def open_clip(name: str, tensor: Tensor, config: Any, projected: bool) -> Iterator[tuple[str, Tensor]]:
-    """The present names and tensors of one of OpenCLIP's. Layers beyond the configuration's are those that the model skips."""
-    tops = {"positional_embedding": "embeddings.position_embedding.weight", "token_embedding.weight":
-            "embeddings.token_embedding.weight", "ln_final.weight": "final_layer_norm.weight",
-            "ln_final.bias": "final_layer_norm.bias"}  # fmt: skip
-    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
-    if name == "text_projection":
-        if projected:
-            yield "text_projection.weight", tensor.T
-    elif not layer:
-        yield tops.get(name, name), tensor
-    elif int(layer[1]) < config.num_hidden_layers:
-        place, rest = f"encoder.layers.{layer[1]}.", layer[2]
-        for old, new in (("ln_", "layer_norm"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("attn.", "self_attn.")):
-            rest = rest.replace(old, new)
-        joint = re.fullmatch(r"self_attn\.in_proj_(weight|bias)", rest)
-        if not joint:
-            yield place + rest, tensor
-        else:
-            yield from zip((f"{place}self_attn.{x}_proj.{joint[1]}" for x in "qkv"), tensor.chunk(3), strict=True)
 
 
 def _tupled(value: Any) -> Any:
@@ -168,9 +107,10 @@ def read(file: Path) -> FileParts:
         strange = sorted(n for n in names if not n.startswith(prefixes) and not LEFT.fullmatch(n))
         if strange:
             raise ModelError(f"{file.name}: unexpected tensor {strange[0]!r:.100} and {len(strange) - 1} more")
-        with safe_open(file, framework="pt") as found:
-            held = {n: found.get_tensor(n) for n in names if n.startswith(prefixes)}
-    entry = held.get(f"{UNET}input_blocks.0.0.weight")
-    if entry is not None and entry.ndim == 4:
-        configs["unet"]["in_channels"] = entry.shape[1]  # 9 for inpainting, 8 for editing
+        with safe_open(file, framework="pt"):
+            pass  # what it declares is whole
+    _, entry = names.get(f"{UNET}input_blocks.0.0.weight", ("", ()))
+    if len(entry) == 4:
+        configs["unet"]["in_channels"] = entry[1]  # 9 for inpainting, 8 for editing
+    held = tuple(n for n in names if n.startswith(prefixes))
     return FileParts(file, configs["index"], model=model, configs=configs, held=held)

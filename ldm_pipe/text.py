@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.cond import Cond
-from ldm_pipe.tokens import Tokenizer
+from ldm_pipe.emphasis import emphasised
+from ldm_pipe.prompt import Wording
+from ldm_pipe.tokens import Tokenizer, weighed, within_a_word
+
+Words = str | Wording  # a prompt as it stands, or one whose brackets were read
+MOST_CHUNKS = 40  # windows of one prompt
 
 
 class TextEncoder(Protocol):
     """Prompts -> Cond with one row per prompt."""
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
-        """Encode prompts, each once per call however often it occurs."""
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
+        """Encode prompts, each once per call however often it occurs. A text is cut at the encoder's window; a `Wording` takes
+        as many windows as it needs, where the encoder has several. chunks: fill all up to so many with empty ones."""
 
-    def notices(self, prompt: str) -> list[str]:
+    def chunks(self, prompt: Words) -> int:
+        """How many windows a prompt needs; 0 where prompts are names that hold no grammar."""
+
+    def notices(self, prompt: Words) -> list[str]:
         """What a user should know of a prompt: words the model cannot know, tokens that were cut."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -41,20 +50,66 @@ class ClipTower:
         return int(self.encoder.config.max_position_embeddings)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Any:
-        """The model's whole output for prompts [B], the states of all layers included."""
-        ids = torch.tensor(self.tokenizer([clean(p) for p in prompts], self.window), device=self.encoder.device)
-        return self.encoder(ids, output_hidden_states=True)
+    def states(self, prompts: Sequence[Words], chunks: int = 1, last: bool = False) -> tuple[Tensor, Tensor]:
+        """(tokens [B, chunks * window, width], pooled [B, width] of the first chunk). tokens: the states before the last layer,
+        which SDXL and its successors take of a CLIP, or the `last` ones, normalised; times the weights (`emphasised`)."""
+        rows = [self._rows(prompt) for prompt in prompts]
+        chunks = max([chunks, *map(len, rows)])
+        blank = (self.tokenizer([""], self.window)[0], [1.0] * self.window)
+        whole = [row for filled in rows for row in [*filled, *[blank] * (chunks - len(filled))]]
+        out = self._out([ids for ids, _ in whole])
+        found = out.last_hidden_state if last else out.hidden_states[-2]
+        tokens = emphasised(found, torch.tensor([weights for _, weights in whole]))
+        return tokens.reshape(len(prompts), -1, tokens.shape[-1]), _pooled(out)[::chunks]
 
-    def states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens [B, window, width] before the last layer, pooled [B, width]); what SDXL and its successors take of a CLIP."""
-        out = self(prompts)
-        pooled = getattr(out, "text_embeds", None)
-        return out.hidden_states[-2], out.pooler_output if pooled is None else pooled
+    @torch.no_grad()
+    def pooled(self, prompts: Sequence[Words]) -> Tensor:
+        """The pooled vectors [B, width] alone, of the first chunks."""
+        return _pooled(self._out([self._rows(prompt)[0][0] for prompt in prompts]))
 
-    def over(self, prompt: str) -> int:
-        """How many tokens of a prompt lie beyond the window, at least 0."""
-        return max(0, self.tokenizer.length(clean(prompt)) - self.window)
+    def _out(self, ids: list[list[int]]) -> Any:
+        return self.encoder(torch.tensor(ids, device=self.encoder.device), output_hidden_states=True)
+
+    def chunks(self, prompt: Words) -> int:
+        """How many windows a prompt needs."""
+        return 1 if isinstance(prompt, str) else min(MOST_CHUNKS, len(self._pieces(prompt)))
+
+    def _rows(self, prompt: Words) -> list[tuple[list[int], list[float]]]:
+        """(ids, weights) of every window that a prompt needs."""
+        if isinstance(prompt, str):
+            return [(self.tokenizer([clean(prompt)], self.window)[0], [1.0] * self.window)]
+        empty, found = self.tokenizer([""], self.window)[0], []
+        for piece in self._pieces(prompt)[:MOST_CHUNKS]:
+            rest = self.window - 1 - len(piece)
+            ids, weights = [empty[0], *(i for i, _ in piece)], [1.0, *(w for _, w in piece)]
+            found.append(([*ids, *empty[1 : 1 + rest]], weights + [1.0] * rest))
+        return found
+
+    def _pieces(self, prompt: Wording) -> list[list[tuple[int, float]]]:
+        """(id, weight) of the tokens of every window, its two ends left out."""
+        found, room = [], self.window - 2
+        for runs in prompt.chunks:
+            text = clean("".join(run.text for run in runs))
+            inner = [token for token in weighed(self.tokenizer, text, runs) if token[2] >= 0]
+            first = 0
+            while first < len(inner) or not first:
+                end = min(first + room, len(inner))
+                while end < len(inner) and end > first and within_a_word(text, inner[end][2]):
+                    end -= 1
+                end = end if end > first else min(first + room, len(inner))  # one word that is longer than the window
+                found.append([(i, w) for i, w, _ in inner[first:end]])
+                first = max(end, 1)
+        return found
+
+    def over(self, prompt: Words) -> int:
+        """How many tokens of a prompt are not seen, at least 0."""
+        if isinstance(prompt, str):
+            return max(0, self.tokenizer.length(clean(prompt)) - self.window)
+        return sum(len(piece) for piece in self._pieces(prompt)[MOST_CHUNKS:])
+
+    def notices(self, prompt: Words) -> list[str]:
+        """A sentence where tokens are not seen."""
+        return cut(self.over(prompt), self.window if isinstance(prompt, str) else MOST_CHUNKS * (self.window - 2))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the weights."""
@@ -72,26 +127,48 @@ class MaskedTower:
     lower: bool = False
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], masked: bool = True, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """(tokens [B, window, width], mask [B, window], True = a token that counts). masked: the encoder sees the mask too."""
-        texts = [self._text(p) for p in prompts]
+    def __call__(self, prompts: Sequence[Words], masked: bool = True, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """(tokens [B, window, width], mask [B, window], True = a token that counts). masked: the encoder sees the mask too.
+        A `Wording` is one text here, whatever its chunks; its weights act as in `emphasised`."""
+        read = [self._read(p) for p in prompts]
+        texts = [p if isinstance(p, str) else clean(p.text) for p in read]
         length = window or self.window
         ids = torch.tensor(self.tokenizer(texts, length), device=self.encoder.device)
         counts = torch.tensor([self.tokenizer.length(t) for t in texts], device=ids.device)
         mask = torch.arange(length, device=ids.device) < counts[:, None]
         out = self.encoder(ids, attention_mask=mask.long()) if masked else self.encoder(ids)
-        return out.last_hidden_state, mask
+        weights = torch.tensor([self._weights(p, length) for p in read])
+        return emphasised(out.last_hidden_state, weights), mask.to(out.last_hidden_state.device)
 
-    def _text(self, prompt: str) -> str:
+    def _read(self, prompt: Words) -> Words:
+        """The prompt as the model takes it, in one piece."""
+        if isinstance(prompt, Wording):
+            return prompt.lowered() if self.lower else prompt.joined
         return clean(prompt).lower().strip() if self.lower else clean(prompt)
 
-    def over(self, prompt: str) -> int:
+    def _weights(self, prompt: Words, length: int) -> list[float]:
+        if isinstance(prompt, str):
+            return [1.0] * length
+        found = [weight for _, weight, _ in weighed(self.tokenizer, clean(prompt.text), prompt.chunks[0])]
+        return (found if len(found) <= length else [*found[: length - 1], 1.0]) + [1.0] * (length - len(found))
+
+    def over(self, prompt: Words) -> int:
         """How many tokens of a prompt lie beyond the window, at least 0."""
-        return max(0, self.tokenizer.length(self._text(prompt)) - self.window)
+        read = self._read(prompt)
+        return max(0, self.tokenizer.length(read if isinstance(read, str) else clean(read.text)) - self.window)
+
+    def notices(self, prompt: Words) -> list[str]:
+        """A sentence where tokens are not seen."""
+        return cut(self.over(prompt), self.window)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the weights."""
         self.encoder.to(device=device, dtype=dtype)
+
+
+def _pooled(out: Any) -> Tensor:
+    found = getattr(out, "text_embeds", None)
+    return out.pooler_output if found is None else found
 
 
 def cut(over: int, window: int, of: str = "the encoder") -> list[str]:
@@ -119,20 +196,24 @@ class ClipText:
         """Tokens of a prompt, the two ends included."""
         return self._tower.window
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
-        """tokens: [B, window, width], in at least fp32's place of the encoder's dtype."""
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
+        """tokens: [B, chunks * window, width], in at least fp32's place of the encoder's dtype."""
         distinct, rows = once(prompts)
-        return Cond(tokens=self._tower(distinct).last_hidden_state).take(rows)
+        return Cond(tokens=self._tower.states(distinct, chunks, last=True)[0]).take(rows)
 
-    def notices(self, prompt: str) -> list[str]:
-        """One sentence for unknown words, one for tokens beyond the window."""
+    def chunks(self, prompt: Words) -> int:
+        """How many windows a prompt needs."""
+        return self._tower.chunks(prompt)
+
+    def notices(self, prompt: Words) -> list[str]:
+        """One sentence for unknown words, one for tokens that are not seen."""
         found = []
         known = self.words
-        unknown = [w for w in plain_words(prompt) if w not in known] if known is not None else []
+        unknown = [w for w in plain_words(spelled(prompt)) if w not in known] if known is not None else []
         if unknown:
             names = ", ".join(repr(w) for w in dict.fromkeys(unknown))
             found.append(f"this model does not know {names}; --model takes a larger one, --list words shows what it knows")
-        return found + cut(self._tower.over(prompt), self.window)
+        return found + self._tower.notices(prompt)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ClipText:
         """The same encoder elsewhere."""
@@ -140,10 +221,15 @@ class ClipText:
         return self
 
 
-def once(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+def once(prompts: Sequence[Words]) -> tuple[list[Words], list[int]]:
     """(the distinct prompts, which of them every prompt is), so that each is encoded once."""
     distinct = list(dict.fromkeys(prompts))
     return distinct, [distinct.index(p) for p in prompts]
+
+
+def spelled(prompt: Words) -> str:
+    """The words of a prompt alone."""
+    return prompt if isinstance(prompt, str) else prompt.text
 
 
 def plain_words(prompt: str) -> list[str]:

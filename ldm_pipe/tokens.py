@@ -6,18 +6,22 @@ lower case as in Radford et al. 2021, arXiv 2103.00020, section 2.4.
 
 from __future__ import annotations
 
-import json
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from ldm_pipe.configs import LONGEST_TOKENIZER, read_json
 from ldm_pipe.errors import ModelError
+from ldm_pipe.prompt import Run
 
 END = "<|endoftext|>"
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END, "pad_token": END}
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD = r"[,.;:!?]|[^\s,.;:!?]+"  # or a sign
 # What tokenizer_config.json may say besides its special tokens: values that change no id (None: any value).
 CONFIG: Mapping[str, tuple[Any, ...] | None] = {
     "add_prefix_space": (False,), "do_lower_case": (True,), "errors": ("replace",), "backend": ("tokenizers",),
@@ -37,19 +41,44 @@ class Tokenizer(Protocol):
     def length(self, prompt: str) -> int:
         """How many ids the whole prompt has."""
 
+    def starts(self, prompt: str) -> list[int]:
+        """The character at which each id of the whole prompt begins, spaces left out; -1 for the two ends."""
+
+
+def weighed(tokenizer: Tokenizer, text: str, runs: Sequence[Run]) -> list[tuple[int, float, int]]:
+    """(id, weight, first character) of every token of the text that runs make, the ends with weight 1 and character -1.
+
+    The text is cut into tokens as a whole: a weight changes no token, and places are those of the words alone.
+    """
+    starts = tokenizer.starts(text)
+    ids, borders = tokenizer([text], len(starts))[0], list(accumulate(len(run.text) for run in runs))
+    weights = [runs[bisect_right(borders, start)].weight if start >= 0 else 1.0 for start in starts]
+    return list(zip(ids, weights, starts, strict=True))
+
+
+def within_a_word(text: str, place: int) -> bool:
+    """Does a character go on with the word of the one before it?"""
+    return place > 0 and text[place - 1].isalnum() and text[place].isalnum()
+
+
+def begun(text: str, spans: Sequence[tuple[int, int]], ends: Sequence[int]) -> list[int]:
+    """`Tokenizer.starts` of what a library says: the characters (first, past the last) of each id, and 1 where it is an end."""
+    blank = [len(text[a:b]) - len(text[a:b].lstrip()) for a, b in spans]
+    return [-1 if end else min(a + n, max(a, b - 1)) for (a, b), n, end in zip(spans, blank, ends, strict=True)]
+
 
 def words(text: str) -> list[str]:
     """The words of a prompt in lower case, signs between them alone."""
-    return re.findall(r"[,.;:!?]|[^\s,.;:!?]+", text.lower())
+    return re.findall(WORD, text.lower())
 
 
 def places(tokenizer: Tokenizer, window: int, text: str) -> list[tuple[str, range]]:
     """The words of a prompt, each with its places among the tokens; what the window cuts off is left out."""
     ends = tokenizer.length("")  # CLIP's two, or only the one behind
     found, place = [], ends - 1
-    for word in words(text):
-        end = place + tokenizer.length(word) - ends
-        found.append((word, range(min(place, window - 1), min(end, window - 1))))
+    for word in re.finditer(WORD, text):
+        end = tokenizer.length(text[: word.end()]) - 1  # a sign alone is not what it is behind a word, to T5
+        found.append((word[0].lower(), range(min(place, window - 1), min(end, window - 1))))
         place = end
     return [(word, span) for word, span in found if len(span)]
 
@@ -67,6 +96,13 @@ class FromTransformers:
     def length(self, prompt: str) -> int:
         """Ids of the whole prompt."""
         return len(self.tokenizer(prompt).input_ids)
+
+    def starts(self, prompt: str) -> list[int]:
+        """Where the ids begin. Raises ModelError of a tokenizer that cannot tell."""
+        if not self.tokenizer.is_fast:
+            raise ModelError(f"{type(self.tokenizer).__name__} cannot tell where words begin; --plain-prompt does without")
+        found = self.tokenizer(prompt, return_offsets_mapping=True, return_special_tokens_mask=True)
+        return begun(prompt, found.offset_mapping, found.special_tokens_mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +123,11 @@ class ClipTokenizer:
     def length(self, prompt: str) -> int:
         """Ids of the whole prompt."""
         return len(self.encoder.encode(prompt).ids)
+
+    def starts(self, prompt: str) -> list[int]:
+        """Where the ids begin."""
+        found = self.encoder.encode(prompt)
+        return begun(prompt, found.offsets, found.special_tokens_mask)
 
 
 def read(folder: Path, vocabulary: int) -> ClipTokenizer | None:
@@ -114,7 +155,10 @@ def read(folder: Path, vocabulary: int) -> ClipTokenizer | None:
         model = whole["model"]
         vocab, merges = model["vocab"], [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     else:
-        vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        plain = [folder / "vocab.json", folder / "merges.txt"]
+        if any(file.is_file() and file.stat().st_size > LONGEST_TOKENIZER for file in plain):
+            raise ModelError(f"{folder.parent.name}/{folder.name}: a vocabulary is longer than {LONGEST_TOKENIZER} bytes")
+        vocab, merges = BPE.read_file(*map(str, plain))
     names = {key: t["content"] if isinstance(t, dict) else t for key, t in special.items()}
     if any(vocab.get(t["content"]) != int(i) for i, t in added.items()) or not set(names.values()) <= vocab.keys():
         return None
@@ -146,10 +190,7 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 def _object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds, {} where there is no file."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name} holds {type(found).__name__}, not an object")
-    return found
+    return read_json(file, LONGEST_TOKENIZER) if file.exists() else {}
 
 
 def _encoder(vocab: dict[str, int], merges: Sequence[tuple[str, ...]], names: Mapping[str, str]) -> Any:

@@ -48,9 +48,7 @@ class Sampler:
         starts from noise of scale 1 (as DDIM does) whether or not its table reaches alpha = 0."""
         return noise * float(level.alpha**2 + level.sigma**2) ** 0.5
 
-    def step(
-        self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise
-    ) -> Step:
+    def step(self, denoise: Denoiser, x: Tensor, here: Level, there: Level, memory: Any, noise: StepNoise) -> Step:
         """From x at `here` to x at `there`. `memory` is what the last step returned, None at first."""
         raise TypeError(f"{type(self).__name__} has no step")
 
@@ -101,9 +99,7 @@ def climb(x: Tensor, here: Level, there: Level, noise: Tensor) -> Tensor:
     return r * x + max(there.sigma**2 - (r * here.sigma) ** 2, 0.0) ** 0.5 * noise
 
 
-def trajectory(
-    denoise: Denoiser, x: Tensor, levels: Sequence[Level], sampler: Sampler, noise: Source
-) -> Iterator[Step]:
+def trajectory(denoise: Denoiser, x: Tensor, levels: Sequence[Level], sampler: Sampler, noise: Source) -> Iterator[Step]:
     """Yield a Step after every step; previews, progress, logging and stopping early belong to the caller.
 
     x: [B,C,H,W] at levels[0] (from `sampler.start`, or a mixed image for editing). Raises UsageError where the levels rise

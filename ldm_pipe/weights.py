@@ -1,4 +1,4 @@
-"""Configurations and weight files from anywhere: understood whole or not at all, and nothing allocated on their word."""
+"""Weight files from anywhere: understood whole or not at all, and nothing allocated on their word."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import types
 import typing
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldm_pipe.configs import read_json
 from ldm_pipe.errors import ModelError
 
-C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
-LARGEST = 10**6  # of any number in a configuration: vocabularies and sizes of images lie well below it
 LONGEST_HEADER, MOST_TENSORS, LONGEST_NAME = 16 * 2**20, 20_000, 512  # of a safetensors file: far above any real one
 FLOATS = ("F64", "F32", "F16", "BF16")  # as the header of a safetensors file names them
+WIDE = 256  # channels from which bf16 gains on a CPU (x1.3; x2.1 at 1280): scripts/bench/dtype.py
 KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,61 +40,20 @@ def named(folder: Path) -> Iterator[None]:
         raise ModelError(f"{folder.parent.name}/{folder.name} cannot be loaded: {reason}") from error
 
 
-def plausible(config: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError where a configuration holds a number that no model has, however deep: too large, or not finite."""
-    for name, value in config.items():
-        rest = [value]
-        while rest:
-            item = rest.pop()
-            if isinstance(item, list | dict):
-                rest += item.values() if isinstance(item, dict) else item
-            elif isinstance(item, int | float) and not -LARGEST <= item <= LARGEST:
-                raise ModelError(f"{where}: {name} holds {item!r:.40}, which no model has")
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How weights are read. dtype: what they become, tensor by tensor. notes: where it is a list, tensors that are missing, of
+    another shape or not the module's are no errors: a sentence is added, and what is missing is drawn, always alike."""
+
+    dtype: torch.dtype = torch.float32
+    notes: list[str] | None = None
 
 
-def known(cls: type[C], config: Mapping[str, Any]) -> C | None:
-    """The dataclass `cls` of a configuration, or None where it asks for anything that `cls` does not know.
-
-    Every name must be a field of the right type or one of `cls.neutral` with a value listed there; names that begin with an
-    underscore say who wrote the file. A ValueError of `cls` means None too: fields that do not fit each other.
-    """
-    hints = typing.get_type_hints(cls)
-    neutral: Mapping[str, tuple[Any, ...]] = cls.neutral  # type: ignore[attr-defined]
-    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = {}
-    for name, value in config.items():
-        value = tuple(value) if isinstance(value, list) else value
-        if name in fields and _fits(value, hints[name]):
-            values[name] = value
-        elif not name.startswith("_") and not any(_same(value, v) for v in neutral.get(name, ())):
-            return None
-    try:
-        return cls(**values)
-    except (ValueError, ArithmeticError):
-        return None
+STRICT = How()
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is typing.Literal:
-        return any(_same(value, a) for a in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    if hint is int:
-        return isinstance(value, int) and value >= 0
-    return isinstance(value, int | float if hint is float else hint)
-
-
-def _same(value: Any, one: Any) -> bool:
-    return value == one and isinstance(value, bool) == isinstance(one, bool)
-
-
-def read(file: Path, parts: int, build: Callable[[], M], renamed: Callable[[str], str | None] = str) -> M:
-    """The module that `build` makes, in fp32 and eval mode, its every tensor from a safetensors file and none left over.
+def read(file: Path, parts: int, build: Callable[[], M], renamed: Callable[[str], str | None] = str, how: How = STRICT) -> M:
+    """The module that `build` makes, in eval mode, its every tensor from a safetensors file and none left over.
 
     Built on the meta device, so that only tensors which the file really holds take memory. parts: how many tensors the module
     has at least; renamed: name in the file -> name in the module, None for one to leave out. Raises ModelError that names the
@@ -107,40 +66,89 @@ def read(file: Path, parts: int, build: Callable[[], M], renamed: Callable[[str]
         header(file)
     with named(file.parent), safe_open(file, framework="pt") as found:
         names = {name: renamed(name) for name in found.keys()}  # noqa: SIM118  (it is no mapping)
-        if parts > len(names):
+        if parts > len(names) and how.notes is None:
             raise ModelError(f"{where}: config.json asks for {parts} parts or more, the file has {len(names)} tensors")
         held = {new: old for old, new in names.items() if new is not None}
-        _refuse(where, "unexpected", [old for old, new in names.items() if new is not None and held[new] != old])
-        return filled(where, build, {new: found.get_tensor(old) for new, old in held.items()}, held)
+        refuse(where, "unexpected", [old for old, new in names.items() if new is not None and held[new] != old])
+        converted = tensors_as(file, found, how.dtype)
+        return filled(where, build, {new: converted(old) for new, old in held.items()}, held, how)
 
 
-def filled(where: str, build: Callable[[], M], tensors: Mapping[str, Tensor], called: Mapping[str, str]) -> M:
-    """The module that `build` makes on the meta device, in fp32 and eval mode, of exactly these tensors (by name; the memory of
-    a file serves as it is where it holds fp32). called: how a name is to be called in an error, where not by itself."""
+def tensors_as(file: Path, found: Any, dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """The tensors of an open safetensors file by name: mapped where they are of this dtype or no floats at all, else read into
+    memory one at a time and converted, so that the file's own size is never held."""
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        entries = json.loads(data.read(length))
+
+    def tensor(name: str) -> Tensor:
+        kind, (begin, end) = entries[name]["dtype"], entries[name]["data_offsets"]
+        own = dict(zip(FLOATS, KINDS, strict=True)).get(kind)
+        if own is None or own == dtype or begin == end:
+            mapped: Tensor = found.get_tensor(name)
+            return mapped if own is None else mapped.to(dtype)
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        with file.open("rb") as data:
+            data.seek(8 + length + begin)
+            if data.readinto(raw.numpy().data) != end - begin:
+                raise ModelError(f"{file.name}: the file ends within {name!r:.100}")
+        return raw.view(own).reshape(entries[name]["shape"]).to(torch.float32).to(dtype)
+
+    return tensor
+
+
+def filled(
+    where: str, build: Callable[[], M], tensors: Mapping[str, Tensor], called: Mapping[str, str], how: How = STRICT
+) -> M:
+    """The module that `build` makes on the meta device, in eval mode, of exactly these tensors (by name; the memory of a file
+    serves as it is where it holds the dtype). called: how a name is to be called in an error, where not by itself."""
     with torch.device("meta"):
         module = build()
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     both = {n: t for n, t in tensors.items() if n in wanted}
-    _refuse(where, "missing", wanted.keys() - tensors.keys())
-    _refuse(where, "unexpected", [called.get(n, n) for n in tensors if n not in wanted])
-    _refuse(where, "mismatched", [n for n, t in both.items() if tuple(t.shape) != wanted[n]])
-    _refuse(where, "not floating point:", [n for n, t in both.items() if t.dtype not in KINDS])
+    missing = wanted.keys() - tensors.keys()
+    others = [n for n, t in both.items() if tuple(t.shape) != wanted[n]]
+    refuse(where, "missing", missing, how.notes)
+    refuse(where, "unexpected", [called.get(n, n) for n in tensors if n not in wanted], how.notes)
+    refuse(where, "mismatched", others, how.notes)
+    refuse(where, "not floating point:", [n for n, t in both.items() if t.dtype not in KINDS])
+    both |= {n: drawn(n, wanted[n]) for n in (*missing, *others)}
     for name, tensor in both.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(torch.float32), requires_grad=False))
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(how.dtype), requires_grad=False))
     finite(module, where)
     return module.eval()
 
 
-def _refuse(where: str, fault: str, tensors: typing.Iterable[str]) -> None:
+def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that a file lacks, as torch's layers draw theirs: ones and zeros of norms and biases, else uniform within one
+    over the root of the inputs. The same for every call."""
+    if len(shape) < 2:
+        return torch.full(shape, float(name.endswith("weight")))
+    bound = math.prod(shape[1:]) ** -0.5 if math.prod(shape[1:]) else 0.0
+    return torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def wide(files: typing.Iterable[Path]) -> bool:
+    """Has a network in these files a layer over images that is wide enough to gain from bf16 on a CPU?"""
+    shapes = (shape for file in files for _, shape in header(file, alone=True).values())
+    return any(len(shape) == 4 and shape[0] >= WIDE for shape in shapes)
+
+
+def refuse(where: str, fault: str, tensors: typing.Iterable[str], notes: list[str] | None = None) -> None:
+    """Raise ModelError that names the first of faulty tensors and counts the others; with `notes`, note it there instead."""
     faulty = sorted(tensors)
-    if faulty:
-        raise ModelError(f"{where}: {fault} tensor {faulty[0]!r:.100} and {len(faulty) - 1} more")
+    if not faulty:
+        return
+    said = f"{where}: {fault} tensor {faulty[0]!r:.100} and {len(faulty) - 1} more"
+    if notes is None:
+        raise ModelError(said)
+    notes.append(said)
 
 
 def finite(module: Any, where: str) -> None:
     """Raise ModelError that names the first weight which holds NaN or Inf."""
-    _refuse(where, "NaN or Inf in", [n for n, t in module.state_dict().items() if not _is_finite(t)])
+    refuse(where, "NaN or Inf in", [n for n, t in module.state_dict().items() if not _is_finite(t)])
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -190,7 +198,7 @@ def held(place: Path, name: str) -> dict[str, int]:
     listing = place / f"{name}.index.json"
     files = {name}
     if listing.is_file():
-        files = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(read_json(listing)["weight_map"].values())
     for file in files:
         if file != Path(file).name or not file.endswith(".safetensors") or not (place / file).is_file():
             raise ModelError(
@@ -198,7 +206,7 @@ def held(place: Path, name: str) -> dict[str, int]:
             )
     found = {n: entry for file in sorted(files) for n, entry in header(place / file).items()}
     wrong = (n for n, (dtype, _) in found.items() if dtype not in FLOATS and not n.endswith("position_ids"))
-    _refuse(f"{place.parent.name}/{place.name}", "not floating point:", wrong)
+    refuse(f"{place.parent.name}/{place.name}", "not floating point:", wrong)
     return {n: math.prod(shape) for n, (_, shape) in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""Draw runs at random, sampler x guidance rule x restoration, edit or mask, and see that they compose.
+"""Draw runs at random, sampler x guidance rule x restoration, edit or mask x patch, and see that they compose.
 
     python scripts/composition.py --runs 400        # composition.md into docs/results/
 
@@ -16,16 +16,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from drawn_runs import Drawn, attempt, draws
+from drawn_runs import Drawn, attempt, draws, patches
 
 from ldm_pipe import Pipeline, files, registry
 
 NOTE = """# Composition
 
 {runs} runs ({distinct} distinct) drawn at random from the registry: {sampler} samplers x {rule} guidance rules x {restoration}
-restorations of `pool(4)` or under a mask, {editing} editing methods, or none of these (`python scripts/composition.py`), each
-through the door that a user takes. {ran} ran; {right} of them report as many evaluations as the network saw. {refused} were
-refused, each in one sentence:
+restorations of `pool(4)` or under a mask, {editing} editing methods, or none of these x {patch} patches of the network or none
+(`python scripts/composition.py`), each through the doors that a user takes. {ran} ran; {right} of them report as many
+evaluations as the network saw. {refused} were refused, each in one sentence:
 
 | refused | what the user sees | for example |
 |---:|---|---|
@@ -58,7 +58,7 @@ def main() -> None:
         ran=len(runs) - count,
         right=len(runs) - count - len(wrong),
         refused=count,
-        **sizes,
+        **{**sizes, "patch": len(patches()) - 1},
     )
     for sentence, which in sorted(refused.items(), key=lambda item: -len(item[1])):
         text += f"| {len(which)} | {sentence} | {' x '.join(filter(None, which[0]))} |\n"

@@ -1,4 +1,4 @@
-"""Runs drawn at random, sampler x guidance rule x restoration, edit or mask: what is registered is drawn, none is named."""
+"""Runs drawn at random, sampler x rule x restoration, edit or mask x patch: what is registered is drawn, none is named."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm_pipe import NumericalError, Pipeline, UsageError, registry
 from ldm_pipe.doors.edit import Edit
+from ldm_pipe.doors.patches import Patches
 from ldm_pipe.doors.restoration import Inpainting, Restoration
 from ldm_pipe.level import Level
 from ldm_pipe.pipeline import Output
@@ -22,15 +23,18 @@ SOURCE, TARGET, SEED = "a fox on a blue background", "a cat on a blue background
 GIVEN = {"lo": "0.2", "hi": "0.9"}  # values of a rule's fields that have no default
 LOOSE = {"tolerance": 0.1}  # where a tolerance decides how often a network is asked
 WRAPPED = "cfg(1.5) | "  # what a rule that wraps another is put around
+SMALL = {"attention_scale": "(4)", "faster": "('0 2')", "tiles": "(4)"}  # values under which a patch acts on a short small run
 
 
 class Drawn(NamedTuple):
-    """A run: the names of a sampler and a rule, and what is done with them: "none", "restoration", "mask" or "editing"."""
+    """A run: the names of a sampler and a rule, what is done with them, "none", "restoration", "mask" or "editing", and the
+    patch under which the network runs, "" for none."""
 
     sampler: str
     rule: str
     kind: str = "none"
     method: str = ""
+    patch: str = ""
 
 
 @dataclass
@@ -44,19 +48,25 @@ class Seen:
     asked: list[Level] = field(default_factory=list)
 
 
+def patches() -> list[str]:
+    """The patches that a text describes, and "" for none."""
+    entries = {name: registry.entry("patch", name).fields for name in sorted(registry.KINDS["patch"])}
+    return ["", *(name for name, fields in entries.items() if "required" not in dict(fields).values())]
+
+
 def draws(count: int, seed: int) -> list[Drawn]:
-    """`count` runs in which every registered sampler, rule and method stands about equally often."""
+    """`count` runs in which every registered sampler, rule, method and patch stands about equally often."""
     rng = random.Random(seed)
     methods = [(kind, n) for kind in ("restoration", "editing") for n in sorted(registry.KINDS[kind])]
     methods += [("mask", n) for n in ("keep", *sorted(registry.KINDS["restoration"]))] + [("none", "")]
-    columns = [sorted(registry.KINDS["sampler"]), sorted(registry.KINDS["rule"]), methods]
-    decks: list[list[Any]] = [[], [], []]
+    columns = [sorted(registry.KINDS["sampler"]), sorted(registry.KINDS["rule"]), methods, patches()]
+    decks: list[list[Any]] = [[] for _ in columns]
     found = []
     for _ in range(count):
         for deck, column in zip(decks, columns, strict=True):
             if not deck:
                 deck += rng.sample(column, len(column))
-        found.append(Drawn(decks[0].pop(), decks[1].pop(), *decks[2].pop()))
+        found.append(Drawn(decks[0].pop(), decks[1].pop(), *decks[2].pop(), decks[3].pop()))
     return found
 
 
@@ -69,7 +79,13 @@ def guide(rule: str, fields: str | None = None) -> str:
 
 
 def planned(pipe: Pipeline, run: Drawn, fields: dict[str, Any] | None = None, **settings: Any) -> Plan:
-    """The plan of a run through its door, of two images. fields: of its method. settings: over those of `Settings`."""
+    """The plan of a run through its doors, of two images. fields: of its method. settings: over those of `Settings`."""
+    texts = (run.patch + SMALL.get(run.patch, ""),) if run.patch else ()
+    return Patches(texts).applied(pipe, _bare(pipe, run, fields, settings))
+
+
+def _bare(pipe: Pipeline, run: Drawn, fields: dict[str, Any] | None, settings: dict[str, Any]) -> Plan:
+    """The plan without the patch."""
     width, height = pipe.bundle.defaults.size
     rng = np.random.default_rng(1)
     noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -37,6 +37,12 @@ def share(right: int, tried: int) -> dict[str, float]:
     return {"right": 100 * right / tried, "low": 100 * low, "high": 100 * high, "prompts": tried}
 
 
+def kept(folder: Path, name: str) -> dict[str, Any]:
+    """The results that stand in `name`.json already, {} where there are none."""
+    path = folder / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
 def write(folder: Path, name: str, found: Any, text: str | None = None) -> None:
     """Results as `name`.json and, where there is a text, `name`.md; what stood there before is replaced."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Put an exported model into the package: half precision, the model's defaults, SHA-256 sums.
 
-    python scripts/ship_builtin.py runs/builtin/latent/export
+python scripts/ship_builtin.py runs/builtin/latent/export
 """
 
 from __future__ import annotations

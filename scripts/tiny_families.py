@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_texts import clip, gemma, lively, t5
+from tiny_texts import clip, eye, gemma, lively, t5
 
 from ldm_pipe.parts import quiet
 
@@ -25,6 +25,16 @@ def kl(**changes: Any) -> Any:
     return lively(AutoencoderKL(**kinds, **(size | {"force_upcast": False} | changes)))
 
 
+def taesd(**changes: Any) -> Any:
+    """A tiny autoencoder of factor 4."""
+    from diffusers import AutoencoderTiny
+
+    size: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        size |= {f"{side}_block_out_channels": (8, 8, 8), f"num_{side}_blocks": (1, 1, 1)}
+    return lively(AutoencoderTiny(**(size | changes)), 0.8)
+
+
 def unet(**changes: Any) -> Any:
     """A U-Net of two resolutions."""
     from diffusers import UNet2DConditionModel
@@ -32,7 +42,7 @@ def unet(**changes: Any) -> Any:
     size = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "cross_attention_dim": 16,
             "attention_head_dim": 2, "norm_num_groups": 4}  # fmt: skip
     kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    return lively(UNet2DConditionModel(**kinds, **(size | changes)))
+    return lively(UNet2DConditionModel(**(kinds | size | changes)))
 
 
 def sd(**changes: Any) -> Any:
@@ -43,6 +53,30 @@ def sd(**changes: Any) -> Any:
     rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = DDIMScheduler(**VP, steps_offset=1, clip_sample=False)
     return StableDiffusionPipeline(kl(), encoder, tokenizer, unet(**changes), scheduler, **rest)
+
+
+def sd_taesd() -> Any:
+    """Stable Diffusion with a tiny autoencoder."""
+    pipe = sd()
+    pipe.register_modules(vae=taesd())
+    return pipe
+
+
+def unclip() -> Any:
+    """Stable Diffusion 2 with pictures."""
+    from diffusers import DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from transformers import CLIPImageProcessorPil
+
+    tokenizer, encoder = clip(False)
+    network = unet(class_embed_type="projection", projection_class_embeddings_input_dim=24)
+    normal = StableUnCLIPImageNormalizer(12)
+    torch.nn.init.normal_(normal.mean)
+    torch.nn.init.uniform_(normal.std, 0.5, 1.5)
+    scheduler = DDIMScheduler(**VP, steps_offset=1, clip_sample=False)
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    pictures = (CLIPImageProcessorPil(size=28, crop_size=28), eye(), normal, noising)
+    return StableUnCLIPImg2ImgPipeline(*pictures, tokenizer, encoder, network, scheduler, kl())
 
 
 def sd_v() -> Any:
@@ -155,7 +189,8 @@ def dit() -> Any:
 
 
 MADE: dict[str, Callable[[], Any]] = {
-    "sd": sd, "sd v-prediction": sd_v, "sd lcm": lambda: sd(time_cond_proj_dim=12),
+    "sd": sd, "sd tiny autoencoder": sd_taesd, "sd v-prediction": sd_v, "unclip": unclip,
+    "sd lcm": lambda: sd(time_cond_proj_dim=12),
     "sd inpainting": lambda: sd(in_channels=9), "sd pix2pix": lambda: sd(in_channels=8), "sdxl": sdxl, "sdxl refiner": refiner,
     "sd3": sd3,
     "sd3 without T5": lambda: sd3(False), "flux dev": flux, "flux schnell": lambda: flux(False), "pixart sigma": pixart,

@@ -1,4 +1,4 @@
-"""Tiny random text encoders of the real classes, with their tokenizers: CLIP, T5, Gemma 2."""
+"""Tiny random encoders of the real classes, of text with their tokenizers (CLIP, T5, Gemma 2) and of pictures (CLIP)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def clip(projected: bool, **changes: Any) -> tuple[Any, Any]:
     ends = {n: getattr(tokenizer, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **(size | changes), **ends)
     return tokenizer, lively((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
+
+
+def eye() -> Any:
+    """CLIP's image encoder: 28 pixels a side, states of 16 channels, vectors of 12."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return lively(CLIPVisionModelWithProjection(CLIPVisionConfig(**size, image_size=28, patch_size=14, projection_dim=12)))
 
 
 def t5() -> tuple[Any, Any]:

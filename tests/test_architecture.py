@@ -19,15 +19,16 @@ CORE = ("level", "path", "prediction", "cond", "model", "noise", "walk", "levels
 METHOD = 5
 LAYERS = {
     0: "errors",
-    1: "files image level level_file lora_delta samplewise settings strict",
-    2: "backends cond expansion families hub levels noise path prediction registry runge_kutta tokens",
-    3: "ahead attention codec inputs model restore.spectrum reuse text weights",
-    4: "blocks parts patch perturb prepare restore.operator walk",
-    6: "analysis.efficiency channels loading lora_names memory",
+    1: "configs emphasis files flags image level level_file lora_delta prompt samplewise settings strict",
+    2: "backends cond expansion families first_names flow_names grammar hub levels noise path prediction "
+    "registry result runge_kutta tokens",
+    3: "ahead attention calls codec inputs listing model offload restore.spectrum reuse schedule text vision weights",
+    4: "blocks one_step parts patch perturb prepare restore.operator walk",
+    6: "analysis.efficiency channels loading lora_names memory wording",
     7: "lora plan",
-    8: "embedding looking.preview looking.record pipeline",
-    9: "doors.adapters doors.controls doors.edit doors.hallucinations doors.hires doors.patches doors.restoration "
-    "looking.attention_maps looking.doctor looking.flags looking.sweep",
+    8: "doors.steering embedding looking.preview looking.record pipeline",
+    9: "doors.adapters doors.controls doors.edit doors.hallucinations doors.hires doors.image_prompt doors.patches "
+    "doors.restoration looking.attention_maps looking.doctor looking.flags looking.sweep",
     10: "batch looking.watch replay request",
     11: "check looking.compare",
     12: "commands",
@@ -131,9 +132,7 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
     assert not found & {"diffusers", "transformers"}
 
 
-@pytest.mark.parametrize(
-    "start", ["cli", "registry", "errors", "strict", "files", "settings", "guide", "recipe", "level_file"]
-)
+@pytest.mark.parametrize("start", ["cli", "registry", "errors", "strict", "files", "settings", "guide", "recipe", "level_file"])
 def test_what_answers_without_a_model_imports_no_torch(start: str) -> None:
     """Everything that its import reaches, the package itself included."""
     reached, todo = set(), {"ldm_pipe", f"ldm_pipe.{start}"}
@@ -237,9 +236,7 @@ def test_dataclasses_are_frozen_and_only_modules_write_an_init(path: Path) -> No
 
 @pytest.mark.parametrize(("folder", "kinds"), [("samplers", ["sampler"]), ("guidance", ["rule", "guide"])])
 def test_every_method_is_registered(folder: str, kinds: list[str]) -> None:
-    files = {f"ldm_pipe.{folder}.{p.stem}" for p in (ROOT / "ldm_pipe" / folder).glob("*.py")} - {
-        f"ldm_pipe.{folder}.__init__"
-    }
+    files = {f"ldm_pipe.{folder}.{p.stem}" for p in (ROOT / "ldm_pipe" / folder).glob("*.py")} - {f"ldm_pipe.{folder}.__init__"}
     assert files == {target.partition(":")[0] for kind in kinds for target in registry.KINDS[kind].values()}
 
 

@@ -41,5 +41,16 @@ def test_what_is_broken_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345678" * 9)
     assert cli.main(["--model", str(folder), "--check"]) == 2
     assert "damaged or no safetensors file" in capsys.readouterr().err
-    assert cli.main(["--check", "--prompt", "x"]) == 2
+    assert cli.main(["--check", "--prompts", "x.txt"]) == 2
     assert "--check samples nothing" in capsys.readouterr().err
+
+
+def test_how_a_prompt_is_read_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "a ((fox) on [red:blue:0.5] BREAK hat AND a (cat:.8) :1.2"
+    assert cli.main(["--check", "--device", "cpu", "--height", "64", "--prompt", prompt]) == 0
+    said = capsys.readouterr().out
+    assert "'a (fox:1.2100000000000002)( on :1.1)[(red:1.1):(blue:1.1):0.5] BREAK (hat:1.1)', 2 window(s)" in said
+    assert "'a (cat:0.8) :1.2', 1 window(s)" in said
+    assert "never closed" in said
+    assert cli.main(["--check", "--device", "cpu", "--json", "--plain-prompt", "--prompt", prompt]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"][0]["parts"] == [prompt]

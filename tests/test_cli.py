@@ -239,3 +239,26 @@ def test_unknown_words_are_named_in_both_prompts(capsys: pytest.CaptureFixture[s
     err = capsys.readouterr().err
     assert "'zebra'" in err
     assert "'blurry'" in err
+
+
+def test_prompts_have_a_grammar_that_can_be_turned_off(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """By a flag, by TOML, and by a recipe that says so; what is odd is noted, what cannot be is one line before the model."""
+    (tmp_path / "plain.toml").write_text("plain_prompt = true")
+    prompt = "a (fox:1.3) [on|in] blue AND a (hat"
+    cases = (("read", (), False), ("flag", ("--plain-prompt",), True), ("toml", ("--config", "plain.toml"), True))
+    for name, flags, plain in cases:
+        code, _, err = run("-p", prompt, "--seed", "7", "-o", f"{name}.png", *flags)
+        assert code == 0
+        assert ("never closed" in err) != plain
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert json.loads(picture.info["ldm_pipe"])["plain_prompt"] == plain
+        code, out, _ = run("--replay", f"{name}.png", "--verify")
+        assert (code, "bit-equal" in out) == (0, True)
+    assert (tmp_path / "flag.png").read_bytes() == (tmp_path / "toml.png").read_bytes()
+    assert (tmp_path / "read.png").read_bytes() != (tmp_path / "flag.png").read_bytes()
+    code, _, err = run("-p", "(" * 9000 + "a")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "not finite" in err
+    code, _, err = run("-p", "a fox AND a cat", "--guide", "cfg(3) | pag(2)")
+    assert (code, "AND does not go with pag" in err) == (2, True)

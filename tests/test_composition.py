@@ -1,4 +1,4 @@
-"""Runs drawn at random from the registry, sampler x guidance rule x restoration, edit or mask: they compose, or say why not."""
+"""Runs drawn at random from the registry, sampler x rule x restoration, edit or mask x patch: they compose, or say why not."""
 
 from __future__ import annotations
 
@@ -129,7 +129,10 @@ def test_every_registered_method_is_drawn_and_some_are_refused(pipe: Pipeline) -
     for kind in ("restoration", "editing"):
         assert {r.method for r in many if r.kind == kind} == set(registry.KINDS[kind])
     assert {r.method for r in many if r.kind == "mask"} == {"keep", *registry.KINDS["restoration"]}
+    assert {r.patch for r in many} == set(drawing.patches()) > {"", "deepcache", "hidiffusion", "tome"}
     assert drawing.draws(200, 1) == many != drawing.draws(200, 2)
+    plain, tomed = (attempt(pipe, Drawn("ddim", "cfg", patch=patch)).latents for patch in ("", "tome"))
+    assert not torch.equal(plain, tomed), "the patch that was drawn did not act"
     one = attempt(pipe, Drawn("ddim", "cfg", "restoration", "ddrm"))
     assert isinstance(one, str)
     assert "no singular values" in one

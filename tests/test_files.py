@@ -87,9 +87,7 @@ def test_a_file_made_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_content_is_flushed_before_its_name_and_the_folder_after(
-    tmp_path: Path, calls: list[str], replace: bool
-) -> None:
+def test_content_is_flushed_before_its_name_and_the_folder_after(tmp_path: Path, calls: list[str], replace: bool) -> None:
     files.write(tmp_path / "a", b"abc", replace=replace)
     assert calls[0].startswith("fsync .ldm-")
     assert calls[1:] == [f"{'replace' if replace else 'link'} a", f"fsync {tmp_path.name}"]
@@ -109,9 +107,7 @@ def test_the_umask_is_honoured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_a_full_disk_leaves_the_old_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool, number: int
-) -> None:
+def test_a_full_disk_leaves_the_old_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool, number: int) -> None:
     target = tmp_path / "a"
     if replace:
         target.write_bytes(b"old")
@@ -220,9 +216,7 @@ def test_a_folder_made_meanwhile_is_kept(tmp_path: Path) -> None:
     assert ((target / "a").read_bytes(), names(tmp_path)) == (b"theirs", ["folder"])
 
 
-def test_the_old_folder_comes_back_when_the_new_one_cannot_stand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_folder_comes_back_when_the_new_one_cannot_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, move = tmp_path / "folder", os.replace
     files.write(target / "a", b"old")
     failed = []

@@ -71,9 +71,7 @@ def test_all_thousand_steps() -> None:
 
 @pytest.mark.parametrize("steps", [2, 10, 31])
 def test_karras_equals_diffusers(steps: int) -> None:
-    made = EulerDiscreteScheduler(
-        use_karras_sigmas=True, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
-    )
+    made = EulerDiscreteScheduler(use_karras_sigmas=True, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     made.set_timesteps(steps)
     walk = levels.karras(TABLE, steps)
     assert [lv.ratio for lv in walk] == pytest.approx(made.sigmas.tolist(), rel=1e-4)

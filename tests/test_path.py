@@ -100,9 +100,7 @@ def test_a_table_clamps_its_clock(path: VP) -> None:
     assert VP((0.5,)).time(Level(0.9, 0.1)) == VP((0.5,)).time(Level(0.1, 0.9)) == 0
 
 
-@pytest.mark.parametrize(
-    "table", [(), (0.5, 0.5), (0.5, 0.6), (1.2, 0.5), (0.5, -0.1), (1.0, 0.5), (0.9, float("nan"), 0.5)]
-)
+@pytest.mark.parametrize("table", [(), (0.5, 0.5), (0.5, 0.6), (1.2, 0.5), (0.5, -0.1), (1.0, 0.5), (0.9, float("nan"), 0.5)])
 def test_tables_that_do_not_fall_within_1_and_0_are_refused(table: tuple[float, ...]) -> None:
     with pytest.raises(UsageError, match=r"strictly within 1\.\.0"):
         VP(table)

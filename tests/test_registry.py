@@ -38,7 +38,7 @@ VALUES: dict[str, Any] = {
     "background": torch.zeros(1, 4, 8, 8), "keep": torch.ones(1, 1, 8, 8),
     "log_prob": Sum(), "by": Sum(), "below": 0.2, "experts": (Sum(),), "hint": torch.zeros(1, 3, 8, 8),
     "network": torch.nn.Identity(), "features": (torch.zeros(1, 4, 8, 8),), "direction": torch.ones(4),
-    "fit": Fit("ddim", 0, 5.0, (), (), ()),
+    "fit": Fit("ddim", 0, 5.0, (), (), ()), "tokens": torch.zeros(1, 4, 16), "absent": torch.zeros(1, 4, 16), "weights": (),
 }  # fmt: skip
 EVERY = [(kind, name) for kind, names in registry.KINDS.items() for name in names]
 every = pytest.mark.parametrize(("kind", "name"), EVERY)

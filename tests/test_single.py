@@ -224,3 +224,20 @@ def test_the_published_vocabulary_is_that_of_clip() -> None:
     for text in ("Füße, 3.5 km/h &amp; don't!", "red\u00a0fox  \n on 日本", "<|endoftext|> a", "🦊🦊 'LL"):
         assert ours.encoder.encode(text).ids == theirs(text).input_ids
     assert ours.encoder.encode("hi!").ids == [49406, 1883, 0, 49407]  # what fills rows up is a token of its own, as there
+
+
+def test_a_file_whose_answers_say_otherwise_is_read_as_they_say(
+    made: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Stable Diffusion 2 there are files of either prediction; random weights say nothing, and the usual one is assumed."""
+    from ldm_pipe import Pipeline, one_step
+
+    _, file = made("sd2")
+    assert (load(file).model.prediction.name, load(file).notes) == ("v", ())
+    monkeypatch.setattr(one_step, "candidates", lambda *_: frozenset({"eps"}))
+    for dtype in ("fp32", "bf16"):
+        bundle = Pipeline.from_pretrained(str(file), "cpu", dtype).bundle
+        assert bundle.model.prediction.name == "eps"
+        assert bundle.notes == ("the file says nothing of what it predicts; its answers are those of eps, not of v",)
+    monkeypatch.setattr(one_step, "candidates", lambda *_: frozenset({"eps", "flow"}))
+    assert load(file).model.prediction.name == "v"  # one of two: nothing is changed

@@ -1,11 +1,13 @@
 """Where each token is looked at: cross-attention maps, averaged over heads, layers and steps.
 
-What the DAAM: Interpreting Stable Diffusion Using Cross Attention, Tang et al. 2022, arXiv 2210.04885, section 3.1.
+What the DAAM: Interpreting Stable Diffusion Using Cross Attention, Tang et al. 2022, arXiv 2210.04885, section 3.1. Where image
+and text attend in one row (Esser et al. 2024, arXiv 2403.03206, figure 2b), the map is that of the image's places over the
+tokens alone: the columns of the image are left out and the others sum to 1 again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_pipe.attention import Site, attention_rule
+from ldm_pipe.attention import Site, attention_rule, split
+from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
+from ldm_pipe.patch import Change, changed
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +35,10 @@ class AttentionMaps:
     def __call__(self, denoise: Any) -> Any:
         """The denoiser, watched."""
         self.sums.clear()
+        joint = {n: [self._joint(m)] for n, m in self.network.named_modules() if getattr(m, "add_k_proj", None) is not None}
 
         def watched(x: Tensor, level: Level) -> Any:
-            with attention_rule(self.network, self._see):
+            with changed(self.network, joint) if joint else attention_rule(self.network, self._see):
                 return denoise(x, level)
 
         return watched
@@ -41,10 +46,25 @@ class AttentionMaps:
     def _see(self, site: Site, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
         rows, shape = site.rows.of(self.branch), _shape(self.size, q.shape[2])
         if site.cross and rows is not None and shape is not None:
-            maps = site.maps(q, k, rows).mean(1)  # [B,L,M]
-            total, count = self.sums.get(shape, (torch.zeros_like(maps), 0))
-            self.sums[shape] = total + maps, count + 1
+            self._add(shape, site.maps(q, k, rows).mean(1))
         return out
+
+    def _joint(self, module: Any) -> Change:
+        """A change that looks at what an attention of image and text is given, and lets it be."""
+
+        def seen(call: Callable[..., Any], *, hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> Any:
+            rows, shape = ROWS.get().of(self.branch), _shape(self.size, hidden_states.shape[1])
+            if rows is not None and shape is not None:
+                places = given.get("image_rotary_emb")
+                self._add(shape, joint_maps(module, hidden_states[rows], encoder_hidden_states[rows], places))
+            return call(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **given)
+
+        return seen
+
+    def _add(self, shape: tuple[int, int], maps: Tensor) -> None:
+        """maps: [B,L,M]."""
+        total, count = self.sums.get(shape, (torch.zeros_like(maps), 0))
+        self.sums[shape] = total + maps, count + 1
 
     def maps(self) -> Tensor:
         """[B,M,h,w] at the size of x: how much each position looks at each of M tokens; they sum to 1 over the tokens. Raises
@@ -60,9 +80,31 @@ class AttentionMaps:
         return F.interpolate(total, size=self.size, mode="bicubic", align_corners=False)
 
 
-def of_words(maps: Tensor, spans: Mapping[str, range]) -> dict[str, Tensor]:
+@torch.no_grad()
+def joint_maps(module: Any, image: Tensor, text: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """[B,L,M]: how much image [B,L,C] looks at text [B,M,C] in a joint attention of diffusers, mean over the heads.
+
+    places: cosines and sines [M+L,D] that turn queries and keys (Su et al. 2021, arXiv 2104.09864, eq. 34), the text's first.
+    """
+    q, k = split(module.to_q(image), module.heads), split(module.add_k_proj(text), module.heads)
+    q, k = (t if norm is None else norm(t) for norm, t in ((module.norm_q, q), (module.norm_added_k, k)))
+    if places is not None:
+        count = text.shape[1]
+        q, k = (_turned(t, *(p[part] for p in places)) for t, part in ((q, slice(count, None)), (k, slice(count))))
+    q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
+    heads = (torch.softmax(q[:, h] @ k[:, h].mT * q.shape[-1] ** -0.5, dim=-1) for h in range(q.shape[1]))
+    return sum(heads, torch.zeros((), device=q.device)) / q.shape[1]
+
+
+def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x [B,heads,L,D], its channels turned in pairs."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    return x * cosines.to(x) + torch.stack([-odd, even], -1).flatten(-2) * sines.to(x)
+
+
+def of_words(maps: Tensor, spans: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Maps [M,h,w] of tokens as maps [h,w] of words, each the mean of those of its tokens, from 0 to 1 each."""
-    means = {word: maps[span.start : span.stop].mean(0) for word, span in spans.items() if len(span)}
+    means = {word: maps[list(span)].mean(0) for word, span in spans.items() if len(span)}
     return {word: (m - m.min()) / (m.max() - m.min()).clamp_min(1e-12) for word, m in means.items()}
 
 

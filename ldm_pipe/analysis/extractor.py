@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import image
+from ldm_pipe.configs import read_json
 from ldm_pipe.errors import ModelError
 from ldm_pipe.files import sha256
 
@@ -38,7 +38,7 @@ def pixel_statistics(folder: Path) -> tuple[Tensor, Tensor]:
     """(mean, deviation) that a CLIP wants taken out of pixels in -1..1, [3,1,1] each, by its preprocessor_config.json; (0, 1)
     where it has none."""
     path = folder / "preprocessor_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     mean, deviation = (torch.tensor(config.get(k, [0.5] * 3))[:, None, None] for k in ("image_mean", "image_std"))
     return 2 * mean - 1, 2 * deviation  # the file speaks of pixels in 0..1
 

@@ -22,12 +22,13 @@ KINDS = ("lora", "embedding")
 class Adapters:
     """loras: (file, scale), each added to what the ones before it made. embeddings: (file, word; "" is the file's own).
 
-    recorded: what the recipe says of each, on a replay.
+    recorded: what the recipe says of each, on a replay. partial: tensors of a LoRA that find no layer are left out.
     """
 
     loras: tuple[tuple[str, float], ...] = ()
     embeddings: tuple[tuple[str, str], ...] = ()
     recorded: tuple[Mapping[str, Any], ...] = ()
+    partial: bool = False
 
     @classmethod
     def of(cls, loras: Sequence[str], embeddings: Sequence[str]) -> Adapters:
@@ -48,6 +49,7 @@ class Adapters:
             tuple((file, scale) for (file, _), scale in zip(self.loras, scales, strict=True)),
             tuple((file, word) for (file, _), word in zip(self.embeddings, words, strict=True)),
             (*rows["lora"], *rows["embedding"]),
+            self.partial,
         )
 
     def applied(self, pipe: Pipeline, say: Callable[[str], None] = lambda text: None) -> Pipeline:
@@ -60,9 +62,12 @@ class Adapters:
             return pipe
         from ldm_pipe import embedding, files, lora
 
+        if pipe.offload is not None:
+            with pipe.offload.lifted():
+                return self.applied(replace(pipe, offload=None), say).visiting(pipe.offload.how)
         bundle, rows = pipe.bundle, list[dict[str, Any]]()
         for file, scale in self.loras:
-            bundle, said = lora.merge(bundle, Path(file), scale)
+            bundle, said = lora.merge(bundle, Path(file), scale, self.partial)
             rows.append({"kind": "lora", "name": Path(file).name, "sha256": files.sha256(Path(file)), "scale": scale})
             say(said)
         for file, word in self.embeddings:

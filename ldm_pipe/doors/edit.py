@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import registry
 from ldm_pipe.errors import UsageError, unknown
+from ldm_pipe.grammar import parse, spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,6 +81,7 @@ class Edit:
         """What a call with these arguments would do; a picture is inverted here already."""
         from ldm_pipe.settings import Settings
 
+        settings = self._worded(pipe, settings)
         if picture is not None:
             settings = self._for_picture(settings)
         given = pipe.resolve(Settings(**{**settings, "strength": None}))
@@ -107,8 +109,8 @@ class Edit:
             )
             recorded["sources"] = {"input" if n == "init_image" else n: d for n, d in digests.items()}
         pairs = Pairs(
-            self.source,
-            self.target,
+            spoken(self.source, whole.given.plain_prompt),
+            spoken(self.target, whole.given.plain_prompt),
             tuple((k, count + k) for k in range(count)),
             pipe.bundle.model,
             pipe.bundle.text,
@@ -122,6 +124,19 @@ class Edit:
         done = registry.build("editing", self.method, **self.fields)(pairs)
         given = replace(whole.given, batch_size=2 * count)
         return replace(whole, given=given, guides=done.guides, sampler=done.sampler, conds=done.conds, recorded=recorded)
+
+    def _worded(self, pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings with the prompts as they are where their grammar changes nothing. Weights change no token, so that words
+        keep their places; raises UsageError on what would move them."""
+        negative = str(settings.get("negative_prompt", ""))
+        read = [*((p, parse(p)) for p in (self.source, self.target)), (negative, parse(negative, joins=False))]
+        if settings.get("plain_prompt") or all(p.plain and p.at(0, 1)[0].text == text for text, p in read):
+            return {**settings, "plain_prompt": True}
+        if any(len(p.branches) > 1 or p.scheduled or pipe.bundle.text.chunks(p.at(0, 1)[0]) > 1 for _, p in read):
+            raise UsageError("--edit takes weights in its prompts, but no AND, BREAK, [a:b:0.5] or a second window")
+        if self.method in ("structured", "shape_guided"):  # which encode prompts by themselves
+            raise UsageError(f"--method {self.method} takes no weights in its prompts; --plain-prompt reads brackets as text")
+        return settings
 
     def _for_picture(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings with what the inversion asks for where the user does not: a sampler that it can invert, a whole walk."""

@@ -60,7 +60,7 @@ class Hires:
         shape, levels = (whole.shape[0], height, width), tuple(tail(whole.levels, self.strength))
         start = levels[0].mix(x0, Noise(whole.seeds, shape, pipe.device).start())
         recorded = {**whole.recorded, "hires": asdict(self)}
-        return dress(replace(whole, levels=levels, shape=shape, start=start, recorded=recorded))
+        return dress(replace(whole, levels=levels, shape=shape, start=start, recorded=recorded, paced=whole.levels))
 
 
 def _encoded(pipe: Pipeline, images: Any, size: int) -> Any:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ldm_pipe import registry
+from ldm_pipe import calls, registry
 from ldm_pipe.errors import UsageError, unknown
-from ldm_pipe.restore.text import call
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import Pipeline
@@ -32,7 +31,7 @@ class Patches:
 
     def __post_init__(self) -> None:
         for text in self.texts:
-            name, fields = call(text, "patch")
+            name, fields = calls.fields(text, "patch")
             for field, default in registry.entry("patch", name).fields:
                 if default == "required" and field not in fields:
                     raise UsageError(f"--patch {name} needs {field}, which is no text; use --control, or Python")
@@ -50,7 +49,7 @@ class Patches:
             return whole
         from ldm_pipe.plan import patched
 
-        named = [call(text, "patch") for text in self.texts]
+        named = [calls.fields(text, "patch") for text in self.texts]
         found = [registry.build("patch", name, **fields) for name, fields in named]
         recorded = {**whole.recorded, "patches": self.texts, "speed": self.speed}
         return replace(patched(whole, pipe.bundle.model, found), recorded=recorded)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipe import registry
+from ldm_pipe import calls, registry
 from ldm_pipe.errors import UsageError, unknown
-from ldm_pipe.restore.text import call, parse
+from ldm_pipe.restore.text import parse
 from ldm_pipe.settings import borders
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Restoration:
     deviation: float = 0.0
 
     def __post_init__(self) -> None:
-        call(self.operator)
+        calls.fields(self.operator, "operator")
         _check(self.method, self.fields, self.deviation)
         needs = [n for n, d in registry.entry("restoration", self.method).fields if d == "required" and n not in MADE_HERE[:3]]
         if needs:

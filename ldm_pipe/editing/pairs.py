@@ -74,3 +74,11 @@ def sides(rows: Rows, branch: str, pairs: Sequence[tuple[int, int]]) -> tuple[li
 def until(levels: Sequence[Level], share: float) -> float:
     """The noise u above which the first `share` (0..1) of a walk's steps lie."""
     return float(levels[round(share * (len(levels) - 1))].u)
+
+
+def spliced(whole: Tensor, alone: Tensor, where: Sequence[tuple[int, range]]) -> Tensor:
+    """Tokens [B,L,...] of a prompt with those of another in some places: (the other's first token, places in the prompt)."""
+    mixed = whole.clone()
+    for first, span in where:
+        mixed[:, span.start : span.stop] = alone[:, first : first + len(span)]
+    return mixed

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm_pipe.attention import Site, grid
 from ldm_pipe.cond import Cond
-from ldm_pipe.editing.pairs import Pairs
+from ldm_pipe.editing.pairs import Pairs, spliced
 from ldm_pipe.errors import UsageError
 from ldm_pipe.level import Level
 from ldm_pipe.model import CondAt, Denoiser
@@ -126,11 +126,11 @@ def shape(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask.float(), size, mode="nearest") > 0.5
 
 
-def spliced(inside: Tensor, outside: Tensor) -> Tensor:
+def halved(inside: Tensor, outside: Tensor) -> Tensor:
     """Tokens [B,L,...] of which the first half after the start is `inside`'s and the second half `outside`'s, each from its own
     first token on: 38 and 38 of CLIP's 77. What is longer is cut off."""
     half = (inside.shape[1] - 1) // 2
-    return torch.cat([inside[:, : 1 + half], outside[:, 1 : 1 + half], inside[:, 1 + 2 * half :]], 1)
+    return spliced(inside, outside, [(1, range(1 + half, 1 + 2 * half))])
 
 
 def _conds(pairs: Pairs) -> Mapping[str, Cond | CondAt]:
@@ -154,5 +154,5 @@ def _fixed(cond: Cond, rows: tuple[int, ...], outside: Cond | None) -> Cond:
         if whole is not None:
             mine = whole[list(rows)]
             parts[name] = whole.clone()
-            parts[name][list(rows)] = spliced(mine, mine if other is None else other.to(mine).expand_as(mine))
+            parts[name][list(rows)] = halved(mine, mine if other is None else other.to(mine).expand_as(mine))
     return replace(cond, **parts)

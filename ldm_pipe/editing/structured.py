@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.attention import Site
-from ldm_pipe.editing.pairs import Pairs
+from ldm_pipe.editing.pairs import Pairs, spliced
 from ldm_pipe.errors import UsageError
 from ldm_pipe.tokens import places, words
 
@@ -91,14 +91,6 @@ def values_of(
                 variants.append(spliced(whole, text([phrase]).tokens, spans(text, prompt, phrase)))
         variants = [project(t) for t in variants] if project else variants
         return Values(variants[0], torch.stack(variants).mean(0) if len(variants) > 1 else None, rows)
-
-
-def spliced(whole: Tensor, alone: Tensor, where: Sequence[tuple[int, range]]) -> Tensor:
-    """Tokens [1,L,C] of a prompt with those of a phrase in their places: (first token of the phrase, places in the prompt)."""
-    mixed = whole.clone()
-    for first, span in where:
-        mixed[:, span.start : span.stop] = alone[:, first : first + len(span)]
-    return mixed
 
 
 def spans(text: Any, prompt: str, phrase: str) -> list[tuple[int, range]]:

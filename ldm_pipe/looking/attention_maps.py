@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import files
 from ldm_pipe.errors import UsageError
+from ldm_pipe.grammar import head
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,22 +24,20 @@ CAPTION = 12  # pixels under a map
 def recorded_in(folder: str, pipe: Pipeline, whole: Plan) -> Plan:
     """The plan that also writes a sheet into a folder for each image, {number}-{seed}.png. No image changes by a bit.
 
-    Raises UsageError where the text is not that of one CLIP, whose words can be told apart.
+    Raises UsageError where the folder is a file, or where the words of the text encoder cannot be told apart.
     """
     from ldm_pipe.analysis.attention_maps import AttentionMaps, of_words
     from ldm_pipe.image import grid, to_pil
     from ldm_pipe.patch import root
 
-    text: Any = pipe.bundle.text
-    if not (hasattr(text, "tokenizer") and hasattr(text, "window")):
-        raise UsageError("--attention-maps needs a model whose text encoder is one CLIP")
+    readers = _readers(pipe.bundle.text)
     watch, done, earlier = AttentionMaps(root(pipe.bundle.model), whole.shape[1:]), [0], whole.report
 
     def report(images: Tensor) -> str:
         pictures, maps = to_pil(images), watch.maps().float()
         for picture, found in zip(pictures, maps, strict=True):
             prompt, seed = whole.rows[done[0]]
-            words = of_words(found, _spans(text.tokenizer, text.window, prompt))
+            words = of_words(found, _spans(readers, head(prompt, whole.given.plain_prompt), len(found)))
             lit = [_captioned(_lit(picture, m), word.split(" ")[1]) for word, m in words.items()]
             done[0] += 1
             out = io.BytesIO()
@@ -50,12 +49,37 @@ def recorded_in(folder: str, pipe: Pipeline, whole: Plan) -> Plan:
     return replace(whole, guides=(watch, *whole.guides), report=report)
 
 
-def _spans(tokenizer: Any, window: int, prompt: str) -> dict[str, range]:
-    """The words of a prompt, "3 word" for one, each with its places among the tokens; no signs, nor what the window cuts."""
+def check_folder(folder: str | None) -> None:
+    """Raises UsageError where a file stands in the place of the folder, or of one that it is to be in."""
+    path = Path(folder or ".")
+    there = next((p for p in (path, *path.parents) if p.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"--attention-maps takes a folder; {str(there)!r} is a file")
+
+
+def _readers(text: Any) -> list[Any]:
+    """The encoders whose tokens the network attends to, in order: a CLIP or T5, or CLIP and behind it T5. Two CLIPs side by
+    side have their words in the same places."""
+    if hasattr(text, "tokenizer"):
+        return [text]
+    clips, t5 = getattr(text, "clips", getattr(text, "towers", ())), getattr(text, "t5", None)
+    if not clips and t5 is None:
+        raise UsageError("--attention-maps needs a model whose text encoders are CLIP or T5")
+    return [*clips[:1], *([t5] if t5 else [])]
+
+
+def _spans(readers: list[Any], prompt: str, count: int) -> dict[str, list[int]]:
+    """The words of a prompt, "3 word" for one, each with its places among `count` tokens; no signs, nor what is cut off."""
     from ldm_pipe.tokens import places
 
-    found = enumerate(places(tokenizer, window, prompt))
-    return {f"{k} {word}": span for k, (word, span) in found if len(span) and any(c.isalnum() for c in word)}
+    found: dict[str, list[int]] = {}
+    for number, reader in enumerate(readers):
+        first = count - reader.window if number else 0  # the last ones are T5's, however many windows CLIP took
+        text = prompt.lower().strip() if getattr(reader, "lower", False) else prompt
+        for k, (word, span) in enumerate(places(reader.tokenizer, reader.window, text)):
+            if any(c.isalnum() for c in word):
+                found.setdefault(f"{k} {word}", []).extend(first + i for i in span)
+    return found
 
 
 def _lit(picture: Image, shown: Tensor) -> Image:

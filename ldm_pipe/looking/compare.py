@@ -50,7 +50,7 @@ def examine(request: Request) -> int:
     device, found = pick_device(request.device), []
 
     def open_in(dtype: str, attention: str) -> Pipeline:
-        return Pipeline.from_pretrained(request.model, str(device), dtype, attention)
+        return Pipeline.from_pretrained(request.model, str(device), dtype, attention, **request.loading())
 
     for finding in doctor.examine(open_in, device.type == "cuda"):
         found.append(finding)

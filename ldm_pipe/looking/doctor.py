@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_DIFFERENCE = 2.0  # of 255, in the mean: below what an eye tells apart
 GAIN = 1.05
 STEPS = 6
-WAYS = (("fp32", "sdpa"), ("fp32", "math"), ("bf16", "sdpa"), ("bf16", "math"), ("bf16", "fast"))
+WAYS = (("fp32", "sdpa"), ("fp32", "math"), ("fp32", "fast"), ("bf16", "sdpa"), ("bf16", "math"), ("bf16", "fast"))
 ON_CUDA = (("fp16", "sdpa"), ("fp16", "math"), ("fp16", "xformers"), ("bf16", "xformers"))
 
 

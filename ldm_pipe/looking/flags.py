@@ -21,7 +21,8 @@ MOST_RUNS = 256
 
 @dataclass(frozen=True)
 class Looking:
-    """record: a .safetensors name. preview: "terminal" or a picture's name. sweep: texts of the form "steps=10,20".
+    """record: a .safetensors name. preview: "terminal" or a picture's name. sweep: texts of the form "steps=10,20". decoder:
+    the folder of the autoencoder that draws the preview, in the place of the linear map.
 
     Raises UsageError on names that could not be written and on fields that cannot be swept.
     """
@@ -30,12 +31,15 @@ class Looking:
     preview: str | None = None
     sweep: tuple[str, ...] = ()
     force: bool = False
+    decoder: str | None = None
 
     def __post_init__(self) -> None:
         if self.record is not None:
             _file(self.record, "--record", (".safetensors",), self.force)
         if self.preview not in (None, "terminal"):
             _file(str(self.preview), "--preview", tuple(FORMATS), True)
+        if self.decoder is not None and self.preview is None:
+            raise UsageError("--preview-decoder goes with --preview FILE or --preview terminal")
         if self.sweep and (self.record is not None or self.preview is not None):
             raise UsageError("--sweep makes many runs; --record and --preview go with one")
         count = math.prod(len(values) for _, values in self.fields())

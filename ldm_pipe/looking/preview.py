@@ -1,4 +1,5 @@
-"""Pictures of a run while it runs, without the decoder: a linear map from latent to colour, fitted to the codec.
+"""Pictures of a run while it runs, without the decoder: a linear map from latent to colour, fitted to the codec, or a tiny
+autoencoder that the user names.
 
 The map is affine in the channels of a latent pixel and gives the mean colour of the pixels below it; of all such maps it is
 the best in least squares on round trips of the codec, in closed form. What it is fitted on are smooth random colours, drawn
@@ -18,11 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm_pipe import files, image
+from ldm_pipe import files, image, parts
 from ldm_pipe.codec import Codec
+from ldm_pipe.errors import ModelError, UsageError
 from ldm_pipe.walk import Step
 
 IMAGES, LATENT_SIDE = 32, 8
+Look = Callable[[Tensor], Tensor]  # latents [B,C,h,w] -> colours [B,3,...] in -1..1
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +56,40 @@ def fit(codec: Codec, device: torch.device | str = "cpu") -> Linear:
     return Linear(found[:-1].T.float(), found[-1].float(), error)
 
 
-def pictures_of(step: Step, linear: Linear, side: int) -> list[Image.Image]:
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Colours in -1..1 by an autoencoder that takes the same latents. small: the mean colour of the pixels below a latent
+    pixel, as a terminal shows it."""
+
+    codec: Codec
+    small: bool = False
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,3,H,W], or [B,3,h,w]."""
+        images = self.codec.decode(latents.detach())
+        return F.avg_pool2d(images, self.codec.factor) if self.small else images
+
+
+def through(folder: str, own: Codec, device: torch.device, small: bool) -> Decoded:
+    """The autoencoder of a folder in the place of a model's own. Raises UsageError where its latents are others."""
+    if not (folder and Path(folder).is_dir()):
+        raise ModelError(f"--preview-decoder {folder!r:.120} is not a folder; give one with an AutoencoderTiny")
+    codec = parts.codec(Path(folder)).to(device, torch.float32)
+    if (codec.channels, codec.factor) != (own.channels, own.factor):
+        sizes = f"{codec.channels} channels, {codec.factor} pixels to one, and this model's {own.channels} and {own.factor}"
+        raise UsageError(f"--preview-decoder: its latents have {sizes}")
+    return Decoded(codec, small)
+
+
+def pictures_of(step: Step, linear: Look, side: int) -> list[Image.Image]:
     """The estimate of a step as pictures, their longer side about `side` pixels (whole multiples of a latent pixel)."""
     small = image.to_pil(linear(step.estimate.x0))
     times = max(1, side // max(small[0].size))
     return [p.resize((p.width * times, p.height * times), Image.Resampling.NEAREST) for p in small]
 
 
-def to_file(path: str | Path, linear: Linear, side: int = 256) -> Callable[[Step], None]:
+def to_file(path: str | Path, linear: Look, side: int = 256) -> Callable[[Step], None]:
     """After every step, all images of the batch as one sheet in one file, replaced whole each time."""
     from ldm_pipe.recipe import encode
 
@@ -72,7 +101,7 @@ def to_file(path: str | Path, linear: Linear, side: int = 256) -> Callable[[Step
     return show
 
 
-def to_terminal(say: Callable[[str], object], linear: Linear, columns: int = 80) -> Callable[[Step], None]:
+def to_terminal(say: Callable[[str], object], linear: Look, columns: int = 80) -> Callable[[Step], None]:
     """After every step, the first images of the batch in 24-bit colours, two pixels a letter; each one over the last one."""
 
     def show(step: Step) -> None:

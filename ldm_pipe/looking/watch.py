@@ -39,7 +39,11 @@ class Watch:
         if looking.preview is not None:
             from ldm_pipe.looking import preview
 
-            linear = preview.fit(pipe.bundle.codec, pipe.device)
+            linear: preview.Look
+            if looking.decoder is None:
+                linear = preview.fit(pipe.bundle.codec, pipe.device)
+            else:
+                linear = preview.through(looking.decoder, pipe.bundle.codec, pipe.device, looking.preview == "terminal")
             if looking.preview == "terminal":
                 told.append(preview.to_terminal(_say, linear, shutil.get_terminal_size().columns))
             else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm_pipe.cond import Cond
 from ldm_pipe.errors import UsageError, unknown
 from ldm_pipe.parts import Made, Parts
+from ldm_pipe.text import Words, spelled
 
 
 class DiT(nn.Module):
@@ -37,9 +38,13 @@ class Labels:
     count: int
     device: torch.device | str = "cpu"
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """extras["label"]: [B], `count` for no class. Raises UsageError naming what is allowed."""
-        return Cond(extras={"label": torch.tensor([self._label(p.strip()) for p in prompts], device=self.device)})
+        return Cond(extras={"label": torch.tensor([self._label(spelled(p).strip()) for p in prompts], device=self.device)})
+
+    def chunks(self, prompt: Words) -> int:
+        """None: a name may hold brackets."""
+        return 0
 
     def _label(self, prompt: str) -> int:
         if not prompt:
@@ -54,7 +59,7 @@ class Labels:
         near = unknown("class", prompt, self.names)
         raise UsageError(f"{prompt!r:.60} is not {listed} or a name:{near.partition(';')[2].partition(' Choose')[0][:80]}")
 
-    def notices(self, prompt: str) -> list[str]:
+    def notices(self, prompt: Words) -> list[str]:
         """Nothing: a class is known or refused."""
         return []
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import ClipTower, MaskedTower, cut, once
+from ldm_pipe.text import ClipTower, MaskedTower, Words, once
 
 WINDOW = 512  # tokens of T5
 PATCH = 2
@@ -81,15 +81,19 @@ class FluxText:
     clip: ClipTower
     t5: MaskedTower
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """tokens [B,512,D], pooled [B,P]."""
         distinct, rows = once(prompts)
         tokens, _ = self.t5(distinct, masked=False)
-        return Cond(tokens=tokens, pooled=self.clip(distinct).pooler_output).take(rows)
+        return Cond(tokens=tokens, pooled=self.clip.pooled(distinct)).take(rows)
 
-    def notices(self, prompt: str) -> list[str]:
+    def chunks(self, prompt: Words) -> int:
+        """One window, that of T5."""
+        return 1
+
+    def notices(self, prompt: Words) -> list[str]:
         """One sentence for tokens beyond the window of T5."""
-        return cut(self.t5.over(prompt), self.t5.window)
+        return self.t5.notices(prompt)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FluxText:
         """The same encoders elsewhere."""

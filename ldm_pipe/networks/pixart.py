@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import MaskedTower, cut, once
+from ldm_pipe.text import MaskedTower, Words, once
 
 WINDOWS = {"PixArtAlphaPipeline": 120}  # tokens of T5 by the pipeline that the index names; else 300
 
@@ -50,15 +50,19 @@ class PixArtText:
 
     t5: MaskedTower
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """tokens [B,L,D], mask [B,L]."""
         distinct, rows = once(prompts)
         tokens, mask = self.t5(distinct)
         return Cond(tokens=tokens, mask=mask).take(rows)
 
-    def notices(self, prompt: str) -> list[str]:
+    def chunks(self, prompt: Words) -> int:
+        """One window."""
+        return 1
+
+    def notices(self, prompt: Words) -> list[str]:
         """One sentence for tokens beyond the window."""
-        return cut(self.t5.over(prompt), self.t5.window)
+        return self.t5.notices(prompt)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PixArtText:
         """The same encoder elsewhere."""

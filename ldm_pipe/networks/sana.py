@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import MaskedTower, cut, once
+from ldm_pipe.text import MaskedTower, Words, once
 
 WINDOW = 300
 # The words that the published weights were trained with.
@@ -68,30 +68,40 @@ class SanaText:
     gemma: MaskedTower
     instruction: str
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """tokens [B,300,D], mask [B,300]."""
         if not self.instruction:
             return self.negative(prompts)
-        distinct, rows = once([p.lower().strip() for p in prompts])
+        distinct, rows = once([_read(p) for p in prompts])
         length = self.gemma.tokenizer.length(self.instruction) + WINDOW - 2
-        tokens, mask = self.gemma([self.instruction + p for p in distinct], window=length)
+        asked = [self.instruction + p if isinstance(p, str) else p.after(self.instruction) for p in distinct]
+        tokens, mask = self.gemma(asked, window=length)
         chosen = [0, *range(length - WINDOW + 1, length)]
         return Cond(tokens=tokens[:, chosen], mask=mask[:, chosen]).take(rows)
 
-    def negative(self, prompts: Sequence[str]) -> Cond:
+    def negative(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """The same without the instruction."""
-        distinct, rows = once([p.lower().strip() for p in prompts])
+        distinct, rows = once([_read(p) for p in prompts])
         tokens, mask = self.gemma(distinct)
         return Cond(tokens=tokens, mask=mask).take(rows)
 
-    def notices(self, prompt: str) -> list[str]:
+    def chunks(self, prompt: Words) -> int:
+        """One window."""
+        return 1
+
+    def notices(self, prompt: Words) -> list[str]:
         """One sentence for tokens beyond the window."""
-        return cut(self.gemma.over(prompt), WINDOW)
+        return self.gemma.notices(prompt)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SanaText:
         """The same encoder elsewhere."""
         self.gemma.to(device, dtype)
         return self
+
+
+def _read(prompt: Words) -> Words:
+    """In lower case and stripped."""
+    return prompt.lower().strip() if isinstance(prompt, str) else prompt.lowered()
 
 
 def assemble(parts: Parts) -> Made:

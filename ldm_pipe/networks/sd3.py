@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import ClipTower, MaskedTower, cut, once
+from ldm_pipe.text import ClipTower, MaskedTower, Words, once
 
 WINDOW = 256  # tokens of T5
 
@@ -43,10 +43,10 @@ class SD3Text:
     t5: MaskedTower | None
     width: int
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
-        """tokens [B, 77 + 256, width], pooled [B, sum of the towers' widths]."""
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
+        """tokens [B, chunks * 77 + 256, width], pooled [B, sum of the towers' widths]."""
         distinct, rows = once(prompts)
-        states, pooled = zip(*(tower.states(distinct) for tower in self.clips), strict=True)
+        states, pooled = zip(*(tower.states(distinct, chunks) for tower in self.clips), strict=True)
         both = torch.cat(states, dim=-1)
         both = F.pad(both, (0, self.width - both.shape[-1]))
         if self.t5 is None:
@@ -55,10 +55,13 @@ class SD3Text:
             long, _ = self.t5(distinct, masked=False)
         return Cond(tokens=torch.cat([both, long], dim=1), pooled=torch.cat(pooled, dim=-1)).take(rows)
 
-    def notices(self, prompt: str) -> list[str]:
-        """One sentence for tokens that no tower sees."""
-        longest = self.t5 or self.clips[0]
-        return cut(longest.over(prompt), longest.window)
+    def chunks(self, prompt: Words) -> int:
+        """How many windows of the CLIPs a prompt needs; T5 has one."""
+        return max(clip.chunks(prompt) for clip in self.clips)
+
+    def notices(self, prompt: Words) -> list[str]:
+        """One sentence for tokens that no tower sees, or, of a `Wording`, that T5 alone does not see."""
+        return (self.t5 or self.clips[0]).notices(prompt)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SD3Text:
         """The same encoders elsewhere."""

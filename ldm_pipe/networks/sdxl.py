@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm_pipe.cond import Cond
 from ldm_pipe.networks.unet import UNet, inserted
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import ClipTower, cut, once
+from ldm_pipe.text import ClipTower, Words, once, spelled
 
 LIKED, DISLIKED = 6.0, 2.5  # the aesthetic scores that the refiner is told of what is wanted and of what is not
 
@@ -48,29 +48,33 @@ class SDXLText:
     zeros: bool
     scored: bool
 
-    def __call__(self, prompts: Sequence[str]) -> Cond:
-        """tokens [B, window, sum of the widths], pooled [B,D]."""
-        return self._encoded(prompts, LIKED)
+    def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
+        """tokens [B, chunks * window, sum of the widths], pooled [B,D]."""
+        return self._encoded(prompts, chunks, LIKED)
 
-    def negative(self, prompts: Sequence[str]) -> Cond:
+    def negative(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """The same for what is to be moved away from."""
-        cond = self._encoded(prompts, DISLIKED)
+        cond = self._encoded(prompts, chunks, DISLIKED)
         if not self.zeros:
             return cond
-        kept = torch.tensor([p != "" for p in prompts], device=self.towers[-1].encoder.device)
         assert cond.tokens is not None
         assert cond.pooled is not None
+        kept = torch.tensor([spelled(p) != "" for p in prompts], device=cond.pooled.device)
         return Cond(tokens=cond.tokens * kept[:, None, None], pooled=cond.pooled * kept[:, None], extras=cond.extras)
 
-    def _encoded(self, prompts: Sequence[str], score: float) -> Cond:
+    def _encoded(self, prompts: Sequence[Words], chunks: int, score: float) -> Cond:
         distinct, rows = once(prompts)
-        states, pooled = zip(*(tower.states(distinct) for tower in self.towers), strict=True)
+        states, pooled = zip(*(tower.states(distinct, chunks) for tower in self.towers), strict=True)
         scores = {"score": states[0].new_full((len(distinct), 1), score)} if self.scored else {}
         return Cond(tokens=torch.cat(states, dim=-1), pooled=pooled[-1], extras=scores).take(rows)
 
-    def notices(self, prompt: str) -> list[str]:
-        """One sentence for tokens beyond the window."""
-        return cut(self.towers[-1].over(prompt), self.towers[-1].window)
+    def chunks(self, prompt: Words) -> int:
+        """How many windows a prompt needs."""
+        return max(tower.chunks(prompt) for tower in self.towers)
+
+    def notices(self, prompt: Words) -> list[str]:
+        """One sentence for tokens that are not seen."""
+        return self.towers[-1].notices(prompt)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SDXLText:
         """The same encoder elsewhere."""

@@ -1,8 +1,10 @@
 """HiDiffusion: Unlocking Higher-Resolution Creativity and Efficiency in Pretrained Diffusion Models, Zhang et al. 2023.
 
-arXiv 2311.17528. Resolution-aware U-Net (section 3.2): in the first steps the first halving divides by four, so that the deep
-features have the size of training; the last doubling but one makes up for it. Modified shifted window attention (section 3.3):
-at the full size, positions attend within a quarter of the image, whose place is drawn anew at every step.
+arXiv 2311.17528. Resolution-aware U-Net (section 3.2): in the first steps the deep features have the size of training, made so
+in one stage, for four times the side in two. Networks that attend at the full size (Stable Diffusion 1 and 2) halve by four
+there, and pool in the stage below; those that first attend below (SDXL) pool there, and halve by four behind it. Modified
+shifted window attention (section 3.3): where a network first attends, positions do so within a quarter of the image, whose
+place is drawn anew at every step.
 """
 
 from __future__ import annotations
@@ -16,59 +18,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_pipe.attention import grid
 from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError
 from ldm_pipe.patch import Change, Patch, Run, check_unet, noting_size
 
+Size = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class HiDiffusion(Patch):
-    """Draw at twice the side of training, in less time: smaller deep features and windowed attention.
+    """Draw at twice the side of training or more, in less time: smaller deep features and windowed attention.
 
-    share: of the steps that have smaller deep features, 0 to 1 (the paper's .4 for twice the side). windows: attend within
-    windows at the full size. For U-Nets that attend there, as Stable Diffusion 1 and 2 do.
+    share: of the steps that have smaller deep features, 0 to 1: the paper's .4 for twice the side, .7 for four times, .5 for
+    turbo models. windows: attend within windows. second: share of the steps with a second stage of the kind, .3 for four times
+    the side. instead: while it lasts, the second is in the place of the first (at twice the side of SDXL, second .16 of it).
     """
 
     share: float = 0.4
     windows: bool = True
+    second: float = 0.0
+    instead: bool = False
     neutral: ClassVar[Mapping[str, Any]] = {"share": 0.0, "windows": False}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise UsageError(f"hidiffusion: share takes 0 to 1, got {self.share}")
+        for name in ("share", "second"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"hidiffusion: {name} takes 0 to 1, got {getattr(self, name)}")
 
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
-        """Changes around the first halving, the doubling that answers it, and the outermost self-attentions."""
+        """Changes around two ways down, the ways up that answer them, and the outermost self-attentions."""
         net: Any = network
         check_unet(net, "hidiffusion")
-        last, up = round(self.share * run.steps), len(net.up_blocks) - 2
-        down, again = "down_blocks.0.downsamplers.0.conv", f"up_blocks.{up}.upsamplers.0"
-        if {down, again} - dict(network.named_modules()).keys():
-            raise UsageError(f"hidiffusion: this network has no {down} or no {again}")
-        conv = net.get_submodule(down)
+        outer = next((k for k, stage in enumerate(net.down_blocks) if len(getattr(stage, "attentions", ()))), None)
+        if outer is None:
+            raise UsageError("hidiffusion: this network attends nowhere on its way down")
+        first, second = round(self.share * run.steps), round(self.second * run.steps)
 
-        def early() -> bool:
-            return run.index(ROWS.get().level) < last
+        def one() -> bool:
+            return (second if self.instead else 0) <= run.index(ROWS.get().level) < first
 
-        def smaller(call: Callable[..., Any], x: Tensor) -> Tensor:
-            return F.conv2d(x, conv.weight, conv.bias, 4, 2, 2) if early() else call(x)
+        def two() -> bool:
+            return run.index(ROWS.get().level) < second
 
-        def larger(call: Callable[..., Any], x: Tensor, size: Any = None, *rest: Any, **given: Any) -> Tensor:
-            if size is None and early():
-                size = (4 * x.shape[2], 4 * x.shape[3])
-            return call(x, size, *rest, **given)
+        found: dict[str, Change] = {}
+        if second:
+            found |= _pooled(net, 1, two) | _halved(net, 1) if outer == 0 else _halved(net, outer, two)
+        if first and outer == 0:
+            found |= _halved(net, 0, one)
+        elif first:
+            found |= _pooled(net, outer, one) | (_halved(net, outer) if not second else {})
+        return found | (self._windowed(net, outer, run) if self.windows else {})
 
-        return {down: smaller, again: larger} | (self._windowed(network, run) if self.windows else {})
-
-    def _windowed(self, network: Any, run: Run) -> dict[str, Change]:
-        outer = ("down_blocks.0.", f"up_blocks.{len(network.up_blocks) - 1}.")
-        names = [n for n, _ in network.named_modules() if n.startswith(outer) and n.endswith("attn1")]
+    def _windowed(self, network: Any, outer: int, run: Run) -> dict[str, Change]:
+        stages = (f"down_blocks.{outer}.", f"up_blocks.{len(network.up_blocks) - 1 - outer}.")
+        names = [n for n, _ in network.named_modules() if n.startswith(stages) and n.endswith("attn1")]
         size: list[int] = []
 
         def windowed(place: int) -> Change:
             def change(call: Callable[..., Any], x: Tensor, *args: Any, **given: Any) -> Any:
-                height, width = size
-                if height % 2 or width % 2 or x.shape[1] != height * width:
+                try:
+                    height, width = grid(x.shape[1], *size)
+                except UsageError:  # the size is that of an image of which this is a tile
+                    height = width = 1
+                if height % 2 or width % 2:
                     return call(x, *args, **given)
                 key = run.index(ROWS.get().level) * len(names) + place
                 quarter = int(np.random.Generator(np.random.Philox(key=key)).integers(4))
@@ -78,6 +91,55 @@ class HiDiffusion(Patch):
             return change
 
         return {"": noting_size(size)} | {name: windowed(k) for k, name in enumerate(names)}
+
+
+def _halved(network: Any, stage: int, by_four: Callable[[], bool] = lambda: False) -> dict[str, Change]:
+    """The halving behind a stage divides by four while it is so; the doubling that answers it gives back the size it had."""
+    down, up = f"down_blocks.{stage}.downsamplers.0.conv", f"up_blocks.{len(network.up_blocks) - 2 - stage}.upsamplers.0"
+    conv = _at(network, down, up)[0]
+    was: list[Size] = []
+
+    def smaller(call: Callable[..., Any], x: Tensor) -> Tensor:
+        was[:] = [(x.shape[2], x.shape[3])]
+        return F.conv2d(x, conv.weight, conv.bias, 4, 2, 2) if by_four() else call(x)
+
+    def larger(call: Callable[..., Any], x: Tensor, size: Any = None, *rest: Any, **given: Any) -> Tensor:
+        if size is None and was and was[0] != (2 * x.shape[2], 2 * x.shape[3]):
+            size = was[0]
+        return call(x, size, *rest, **given)
+
+    return {down: smaller, up: larger}
+
+
+def _pooled(network: Any, stage: int, active: Callable[[], bool]) -> dict[str, Change]:
+    """Behind the first block of a stage the features are pooled while it is so; on the way up they get back the size they had,
+    before the last block."""
+    blocks = len(getattr(network.down_blocks[stage], "attentions", ())) or 1
+    down, up = f"down_blocks.{stage}.attentions.0", f"up_blocks.{len(network.up_blocks) - 1 - stage}.attentions.{blocks - 1}"
+    _at(network, down, up)
+    was: list[Size] = []
+
+    def pooled(call: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        out, wrap = _unwrapped(call(*args, **given))
+        was[:] = [(out.shape[2], out.shape[3])] if active() else []
+        return wrap(F.avg_pool2d(out, 2, ceil_mode=True) if was else out)
+
+    def restored(call: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        out, wrap = _unwrapped(call(*args, **given))
+        return wrap(F.interpolate(out, size=was[0], mode="bicubic") if was else out)
+
+    return {down: pooled, up: restored}
+
+
+def _unwrapped(out: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """A tensor, and how to give it back: alone, or as a network of diffusers does."""
+    return (out, lambda t: t) if isinstance(out, Tensor) else (out[0], lambda t: (t,))
+
+
+def _at(network: Any, *names: str) -> list[Any]:
+    if set(names) - dict(network.named_modules()).keys():
+        raise UsageError(f"hidiffusion: this network has no {' or no '.join(names)}")
+    return [network.get_submodule(name) for name in names]
 
 
 def windows(x: Tensor, height: int, width: int, quarter: int) -> list[Tensor]:

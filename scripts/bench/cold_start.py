@@ -1,6 +1,6 @@
 """Seconds from launching `generate` to a written PNG, in fresh processes.
 
-    python scripts/bench/cold_start.py
+python scripts/bench/cold_start.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Does bf16 gain on this CPU, and from which width of network on? fp32 against bf16, one forward of a U-Net, batch 2.
 
-    python scripts/bench/dtype.py
+python scripts/bench/dtype.py
 """
 
 from __future__ import annotations

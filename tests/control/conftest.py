@@ -56,15 +56,18 @@ def theirs(folder: Path, embeds: Tensor, noise: Tensor) -> Callable[..., Tensor]
     """theirs("StableDiffusionControlNetPipeline", {"controlnet": ...}, image=...): the same of a pipeline of diffusers."""
     import diffusers
 
-    def run(name: str, parts: dict[str, Any], **given: Any) -> Tensor:
+    def run(name: str, parts: dict[str, Any], ready: Callable[[Any], None] | None = None, **given: Any) -> Tensor:
         unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
         vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
         table = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
         scheduler = diffusers.DDIMScheduler(**table, steps_offset=1, clip_sample=False)
         rest = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+        rest |= {"image_encoder": None} if ready else {}
         cls = getattr(diffusers, name)
         pipe = cls(unet=unet, vae=vae, scheduler=scheduler, requires_safety_checker=False, **rest, **parts)
         pipe.set_progress_bar_config(disable=True)
+        if ready:
+            ready(pipe)
         text = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
         out = pipe(
             **text, **given, latents=noise, num_inference_steps=STEPS, guidance_scale=SCALE, output_type="latent",
@@ -108,3 +111,43 @@ def adapters() -> list[Any]:
     from diffusers import T2IAdapter
 
     return [randomised(T2IAdapter(3, [8, 16], 1, 4, "full_adapter"), seed) for seed in (6, 7)]
+
+
+def prompt_tensors(form: str, seed: int, width: int = 16, layers: tuple[int, ...] = (8, 8, 8, 16)) -> dict[str, Tensor]:
+    """The tensors of an IP-Adapter's file, random, for tokens of `width`, attentions of these widths and the tiny CLIP."""
+    from ldm_pipe.networks import image_prompt
+
+    torch.manual_seed(seed)
+    made: nn.Module = {
+        "base": lambda: image_prompt.Base(12, width, 4),
+        "plus": lambda: image_prompt.Plus(16, width, (1, 5, 24), 4, 128, 96),
+        "full": lambda: image_prompt.Full(16, 16, width),
+    }[form]()
+    tensors = {f"image_proj.{n}": torch.randn_like(t) * 0.3 for n, t in made.state_dict().items()}
+    for i, channels in enumerate(layers):
+        for kind in "kv":
+            tensors[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = torch.randn(channels, width) * 0.5
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def clip_eye() -> Any:
+    """A random CLIPVisionModelWithProjection: 28 pixels a side, states of 16 channels, vectors of 12."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return randomised(
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**size, image_size=28, patch_size=14, projection_dim=12)), 9
+    )
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, clip_eye: Any) -> Path:
+    """A folder as it is published: IP-Adapters base, plus and full, the image encoder beside them."""
+    from safetensors.torch import save_file
+
+    place = tmp_path_factory.mktemp("ip")
+    for seed, form in enumerate(("base", "plus", "full")):
+        save_file(prompt_tensors(form, seed), place / f"{form}.safetensors")
+    clip_eye.save_pretrained(place / "image_encoder")
+    return place

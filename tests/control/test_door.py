@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm_pipe import LdmError, Pipeline, UsageError, recipe
 from ldm_pipe.cli import main
 from ldm_pipe.control.controlnet import ControlNet
+from ldm_pipe.control.ip_adapter import IPAdapter
 from ldm_pipe.control.t2i_adapter import T2IAdapter
 from ldm_pipe.doors.controls import Controls
 from ldm_pipe.image import to_tensor
+from ldm_pipe.networks.image_prompt import ImageAdapter
+from ldm_pipe.parts import vision
 from ldm_pipe.plan import patched
 from ldm_pipe.request import Request
 
@@ -88,9 +94,68 @@ def test_scale_0_is_no_control(place: Path, flags: list[str]) -> None:
     assert np.array_equal(none, plain)
 
 
+def test_a_picture_as_a_prompt_steers_and_replays(
+    place: Path, flags: list[str], reference: Path, clip_eye: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a ControlNet, whose picture alone is prepared; the image encoder is on record too."""
+    made = ["-p", "a fox", "--seed", "3", *flags]
+    net = ["--control", "lines", "--control-image", "two.png", "--set", "control.prepare=grey"]
+    prompt = ["--control", f"ip_adapter({reference / 'base.safetensors'})", "--control-image", "one.png"]
+    assert main([*made, *prompt, *net, "--control-scale", "0.6", "--control-scale", "0.3", "-o", "both.png"]) == 0
+    assert main([*made, *net, "--control-scale", "0.3", "-o", "net.png"]) == 0
+    both, alone = (np.asarray(Image.open(f"{n}.png")) for n in ("both", "net"))
+    assert not np.array_equal(both, alone)
+    row = recipe.read("both.png").controls[0]
+    assert (row["name"], row["scale"], len(row["sha256"]), len(row["image_encoder"])) == ("base.safetensors", 0.6, 64, 64)
+    capsys.readouterr()
+    assert main(["--replay", "both.png", "--verify", *prompt, *net[:4], *flags]) == 0
+    assert capsys.readouterr().out == "both.png: bit-equal\n"
+    other = place / "other"
+    shutil.copytree(reference / "image_encoder", other)
+    copy.deepcopy(clip_eye).half().float().save_pretrained(other)
+    swapped = f"ip_adapter({reference / 'base.safetensors'}, image_encoder={other})"
+    assert main(["--replay", "both.png", "--control", swapped, *prompt[2:], *net[:4], *flags]) == 2
+    assert "not the network" in capsys.readouterr().err
+
+
+def test_it_is_what_python_makes_of_the_same_prompt(place: Path, tiny: Tiny, reference: Path) -> None:
+    """The picture is not brought to the size of the image."""
+    pipe = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32")
+    picture, whole = Image.open("one.png").resize((50, 40)), pipe.plan("a fox", seed=3)
+    adapter = ImageAdapter.of(load_file(reference / "plus.safetensors"), "plus")
+    patch = IPAdapter.of(adapter, vision(reference / "image_encoder"), [picture], scale=0.8, lo=0.3)
+    expected = next(pipe.run(patched(whole, pipe.bundle.model, [patch]))).latents
+    controls = Controls.of([f"ip_adapter({reference / 'plus.safetensors'})"], 1, [0.8], {"lo": "0.3"})
+    assert torch.equal(next(pipe.run(controls.applied(pipe, whole, [picture]))).latents, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ip_adapter(none.safetensors)", "no .safetensors file"),
+        ("ip_adapter(one.png)", "no .safetensors file"),
+        ("ip_adapter(REFERENCE/base.safetensors, image_encoder=nowhere)", "'nowhere' is no folder"),
+        ("ip_adapter(REFERENCE/base.safetensors, image_encoder=lines)", "cannot be loaded|asks for|tensor"),
+        ("ip_adapter()", "of the form ip_adapter"),
+        ("ip_adapter(a, b, c)", "of the form ip_adapter"),
+        ("REFERENCE/base.safetensors", r"is named as ip_adapter\(FILE\)"),
+    ],
+)
+def test_a_wrong_image_prompt_is_one_sentence(
+    text: str, words: str, place: Path, flags: list[str], reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = text.replace("REFERENCE", str(reference))
+    assert main(["-p", "a fox", *flags, "--control", text, "--control-image", "one.png"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(words, said)
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"control": ["ip_adapter(a)"], "control_image": ["b"], "set": ["control.guess=true"]}, "sees the picture as it is"),
+        ({"control": ["ip_adapter(a"], "control_image": ["b"]}, "of the form ip_adapter"),
         ({"control": ["a"]}, "go together, got 1 and 0"),
         ({"control_scale": ["1"]}, "go with --control FOLDER"),
         ({"set": ["control.lo=0.5"]}, "go with --control FOLDER"),
@@ -110,7 +175,10 @@ def test_what_does_not_go_together(given: dict[str, Any], words: str) -> None:
     [
         (lambda f: shutil.rmtree(f), "is not a folder"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
-        (lambda f: (f / "config.json").write_text(json.dumps({"_class_name": "Evil"})), "takes ControlNetModel or T2IAdapter"),
+        (
+            lambda f: (f / "config.json").write_text(json.dumps({"_class_name": "Evil"})),
+            "takes ControlNetModel or T2IAdapter or SD3",
+        ),
         (lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"x"), "is damaged"),
     ],
 )

@@ -14,7 +14,7 @@ from ldm_pipe import CFG, Cond, Level, Model, Noise, Pipeline, UsageError, build
 from ldm_pipe.attention import Site
 from ldm_pipe.cond import Rows
 from ldm_pipe.editing.pairs import Pairs, until
-from ldm_pipe.editing.shape_guided import Backdrop, InsideOutside, ShapeGuided, shape, spliced
+from ldm_pipe.editing.shape_guided import Backdrop, InsideOutside, ShapeGuided, halved, shape
 from ldm_pipe.patch import Attending
 from ldm_pipe.walk import Step
 
@@ -107,9 +107,9 @@ def test_masks_are_resized_by_their_nearest_pixels() -> None:
 
 def test_tokens_are_the_halves_of_two_prompts() -> None:
     inside, outside = torch.arange(77.0)[None, :, None], 100 + torch.arange(77.0)[None, :, None]
-    both = spliced(inside, outside).flatten().tolist()
+    both = halved(inside, outside).flatten().tolist()
     assert both == [*range(39), *range(101, 139)]
-    assert spliced(inside[:, :8], outside[:, :8]).flatten().tolist() == [0, 1, 2, 3, 101, 102, 103, 7]
+    assert halved(inside[:, :8], outside[:, :8]).flatten().tolist() == [0, 1, 2, 3, 101, 102, 103, 7]
 
 
 def steps(model: Model, sampler: Any, rule: InsideOutside | None = None, pairs: int = 1, count: int = 4) -> list[Step]:
@@ -184,9 +184,9 @@ def test_as_an_edit_it_splits_the_targets_tokens_and_needs_a_mask() -> None:
     assert uncond.tokens is not None
     source, target, outside, empty = (text([p]).tokens[0] for p in (pairs.source, pairs.target, "a blue background", ""))  # type: ignore[index]
     assert torch.equal(cond.tokens[0], source)
-    assert torch.equal(cond.tokens[1], spliced(target[None], outside[None])[0])
+    assert torch.equal(cond.tokens[1], halved(target[None], outside[None])[0])
     assert torch.equal(uncond.tokens[0], empty)
-    assert torch.equal(uncond.tokens[1], spliced(empty[None], empty[None])[0])
+    assert torch.equal(uncond.tokens[1], halved(empty[None], empty[None])[0])
     rule: Any = done.guides[-1]
     assert rule.rule.new == (2,)
     again = ShapeGuided()(replace(pairs, mask=torch.ones(1, 1, 64, 64), conds={"uncond": lambda level: text(["x", "y"])}))

@@ -14,7 +14,8 @@ from ldm_pipe.attention import Site, attention_rule
 from ldm_pipe.blocks import Attention
 from ldm_pipe.cond import ROWS, Rows
 from ldm_pipe.doors.edit import Edit
-from ldm_pipe.editing.structured import Values, phrases_of, spans, spliced, values_of
+from ldm_pipe.editing.pairs import spliced
+from ldm_pipe.editing.structured import Values, phrases_of, spans, values_of
 from ldm_pipe.patch import Attending
 
 Make = Callable[[str], Any]

@@ -157,9 +157,9 @@ def test_the_doctor_compares_with_fp32(tiny: Tiny) -> None:
     found = list(doctor.examine(open_in, True, steps=3))
     assert asked == [*doctor.WAYS, *doctor.ON_CUDA] == [(f.dtype, f.attention) for f in found]
     assert (found[0].dtype, found[0].attention, found[0].mean, found[0].most) == ("fp32", "sdpa", 0.0, 0)
-    assert found[1].most <= 1  # the same in other sums
-    assert 0 < found[2].mean < 60
-    assert found[2].seconds > 0
+    assert max(found[1].most, found[2].most) <= 1  # the same in other sums
+    assert 0 < found[3].mean < 60
+    assert found[3].seconds > 0
     assert [f.fault for f in found if f.fault] == ["no fp16 here"] * 3 + ["no kernel"]
     assert verdict(found).startswith("verdict: ")
 

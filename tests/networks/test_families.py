@@ -75,6 +75,18 @@ def test_every_family_has_a_checkpoint_here(saved: Saved) -> None:
     assert found == set(FAMILIES)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sdxl refiner", "sd3", "sd3 without T5", "flux dev", "pixart alpha", "sana"])
+def test_every_family_takes_the_grammar_of_prompts(saved: Saved, name: str) -> None:
+    """Weights, chunks, schedules and AND in one prompt; without any sign, the bits are those of plain text."""
+    pipe = Pipeline.from_pretrained(str(saved(name)), "cpu", "fp32")
+    prompt = "a (fox:1.4) BREAK [blue|red] AND a [cat:low:0.5] background :0.5"
+    found = run(pipe, prompt, negative_prompt="(low:1.2) quality")
+    assert torch.isfinite(found.latents).all()
+    assert found.evaluations == {"cond": 2, "and:1": 2, "uncond": 2}
+    assert not torch.equal(found.latents, run(pipe, prompt.replace("1.4", "1"), negative_prompt="(low:1.2) quality").latents)
+    assert torch.equal(run(pipe, "a fox").latents, run(pipe, "a fox", plain_prompt=True).latents)
+
+
 def test_rows_of_a_batch_are_told_their_own_condition(saved: Saved) -> None:
     """Two prompts together and one by one: pooled vectors, masks, labels and sizes go to the right rows."""
     for name in ("sdxl", "sd3", "pixart alpha", "sana", "dit", "flux dev"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_pipe import single, weights
+from ldm_pipe import configs, single
 from ldm_pipe.networks import light_clip, light_unet, light_vae
 
 PUBLISHED = {n: json.loads((single.PUBLISHED / f"{n}.json").read_text()) for n in ("sd1", "sd2", "sdxl", "sdxl-refiner")}
@@ -68,7 +68,7 @@ def count(module: torch.nn.Module) -> int:
 def test_light_networks_have_the_published_size(model: str, part: str) -> None:
     """And the names and shapes of the class that the file was written by."""
     config_class, build, name = CLASSES[part]
-    config = weights.known(config_class, PUBLISHED[model][part])
+    config = configs.known(config_class, PUBLISHED[model][part])
     assert config is not None
     with torch.device("meta"):
         ours = build(config)

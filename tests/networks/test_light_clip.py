@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm_pipe import ModelError, load, tokens, weights
+from ldm_pipe import ModelError, configs, load, tokens, weights
 from ldm_pipe.loading import BUILTIN
 from ldm_pipe.networks.light_clip import ClipTextModel, Config, renamed
 from ldm_pipe.text import ClipText, clean
@@ -39,7 +39,7 @@ def made(shape: str, folder: Path) -> Any:
 
 
 def ours_of(folder: Path) -> ClipTextModel:
-    config = weights.known(Config, json.loads((folder / "config.json").read_text()))
+    config = configs.known(Config, json.loads((folder / "config.json").read_text()))
     assert config is not None
     return weights.read(folder / "model.safetensors", config.parts, lambda: ClipTextModel(config), renamed)
 
@@ -85,8 +85,8 @@ def test_the_shipped_encoder_equals_transformers() -> None:
 @pytest.mark.parametrize("values", [{"hidden_act": "relu"}, {"attention_dropout": 0.1}, {"num_attention_heads": 7},
                                     {"model_type": "siglip"}, {"new": 1}, {"eos_token_id": [1, 2]}])  # fmt: skip
 def test_a_configuration_that_asks_for_more_is_not_known(values: dict[str, Any]) -> None:
-    assert weights.known(Config, {"dropout": 0.0, "architectures": ["CLIPTextModel"], "torch_dtype": "float16"}) is not None
-    assert weights.known(Config, values) is None
+    assert configs.known(Config, {"dropout": 0.0, "architectures": ["CLIPTextModel"], "torch_dtype": "float16"}) is not None
+    assert configs.known(Config, values) is None
 
 
 def prompts() -> list[str]:

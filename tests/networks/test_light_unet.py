@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_pipe import ModelError, load, weights
+from ldm_pipe import ModelError, configs, load, weights
 from ldm_pipe.loading import BUILTIN
 from ldm_pipe.networks.light_unet import Config, UNet
 
@@ -63,7 +63,7 @@ def made(config: dict[str, Any], folder: Path) -> Any:
 
 
 def ours_of(folder: Path) -> UNet:
-    config = weights.known(Config, json.loads((folder / "config.json").read_text()))
+    config = configs.known(Config, json.loads((folder / "config.json").read_text()))
     assert config is not None
     return weights.read(folder / FILE, config.parts, lambda: UNet(config))
 
@@ -130,8 +130,8 @@ UNKNOWN: dict[str, Any] = {
 @pytest.mark.parametrize("key", UNKNOWN)
 def test_a_configuration_that_asks_for_more_is_not_known(key: str) -> None:
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()}
-    assert weights.known(Config, plain | {"_diffusers_version": "0.1", "dropout": 0.0, "act_fn": "silu"}) is not None
-    assert weights.known(Config, plain | {key: UNKNOWN[key]}) is None
+    assert configs.known(Config, plain | {"_diffusers_version": "0.1", "dropout": 0.0, "act_fn": "silu"}) is not None
+    assert configs.known(Config, plain | {key: UNKNOWN[key]}) is None
 
 
 @pytest.fixture

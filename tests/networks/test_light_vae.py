@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm_pipe import load, weights
+from ldm_pipe import configs, load, weights
 from ldm_pipe.codec import KLCodec
 from ldm_pipe.loading import BUILTIN
 from ldm_pipe.networks.light_vae import VAE, Config, renamed
@@ -41,7 +41,7 @@ def made(shape: str, folder: Path) -> Any:
 
 
 def ours_of(folder: Path) -> VAE:
-    config = weights.known(Config, json.loads((folder / "config.json").read_text()))
+    config = configs.known(Config, json.loads((folder / "config.json").read_text()))
     assert config is not None
     return weights.read(folder / FILE, config.parts, lambda: VAE(config), renamed)
 
@@ -92,5 +92,5 @@ def test_early_names_of_the_attention_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [{"latents_mean": [0.0]}, {"act_fn": "relu"}, {"force_upcast": None}, {"scaling_factor": 0},
                                     {"layers_per_block": [1]}, {"block_out_channels": []}, {"new": 1}])  # fmt: skip
 def test_a_configuration_that_asks_for_more_is_not_known(values: dict[str, Any]) -> None:
-    assert weights.known(Config, {"scaling_factor": 1, "_class_name": "AutoencoderKL"}) == Config(scaling_factor=1)
-    assert weights.known(Config, values) is None
+    assert configs.known(Config, {"scaling_factor": 1, "_class_name": "AutoencoderKL"}) == Config(scaling_factor=1)
+    assert configs.known(Config, values) is None

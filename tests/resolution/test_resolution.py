@@ -18,7 +18,7 @@ from ldm_pipe.networks.light_unet import Config, UNet
 from ldm_pipe.patch import Patch, Run, changed
 from ldm_pipe.resolution.attention_scale import AttentionScale
 from ldm_pipe.resolution.hidiffusion import HiDiffusion, joined, windows
-from ldm_pipe.resolution.scalecrafter import ScaleCrafter, redilated
+from ldm_pipe.resolution.scalecrafter import ScaleCrafter, dispersed, dispersion, redilated
 from ldm_pipe.resolution.tiles import Tiles, starts
 
 WALK = tuple(Level(k / 10, 1 - k / 10) for k in range(11))  # ten steps
@@ -32,6 +32,21 @@ def unet() -> UNet:
         block_out_channels=(8, 8, 8), down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3, cross_attention_dim=12, norm_num_groups=4, attention_head_dim=2,
         layers_per_block=1, sample_size=8,
+    )  # fmt: skip
+    found = UNet(config).double().requires_grad_(False)
+    for weight in found.parameters():
+        nn.init.normal_(weight, 0.02, 0.2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def below() -> UNet:
+    """Three stages as in SDXL: the first does not attend, the others do in two blocks."""
+    torch.manual_seed(1)
+    config = Config(
+        block_out_channels=(8, 8, 8), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12, norm_num_groups=4,
+        attention_head_dim=2, layers_per_block=2, sample_size=8,
     )  # fmt: skip
     found = UNet(config).double().requires_grad_(False)
     for weight in found.parameters():
@@ -56,7 +71,7 @@ def shapes(unet: UNet, patch: Patch, step: int, side: int, *names: str) -> dict[
     return found
 
 
-def ask(unet: UNet, patch: Patch, step: int, x: Tensor) -> Tensor:
+def ask(unet: Any, patch: Patch, step: int, x: Tensor) -> Tensor:
     """The network's output at a step under a patch."""
     token = ROWS.set(Rows(("cond",), len(x), WALK[step]))
     try:
@@ -169,6 +184,135 @@ def test_the_halving_by_four_is_the_halving_of_every_second_pixel(unet: UNet) ->
         found = conv(x)
     ROWS.reset(token)
     torch.testing.assert_close(found, conv(x[..., ::2, ::2]))
+
+
+SIDES = ("down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1", "conv_out")
+
+
+@pytest.mark.parametrize("side", [16, 18, 20, 22])
+def test_where_attention_begins_below_the_features_are_pooled_there(below: UNet, side: int) -> None:
+    """Also where a half or a quarter of the side is odd; after its share nothing is."""
+    patch, up = HiDiffusion(0.4, windows=False), "up_blocks.1.attentions.{}".format
+    names = ("down_blocks.1.resnets.0", "down_blocks.1.resnets.1", up(0), up(1), "up_blocks.1.resnets.2", *SIDES)
+    half, quarter, eighth = side // 2, -(-side // 4), -(-side // 8)
+    found, late = shapes(below, patch, 3, side, *names), shapes(below, patch, 4, side, *names)
+    assert [found[n][0] for n in names] == [half, quarter, quarter, half, half, eighth, eighth, quarter, side, side]
+    assert [late[n][0] for n in names] == [half, half, half, half, half, quarter, quarter, half, side, side]
+
+
+def test_a_second_stage_lies_within_the_first_or_takes_its_place(unet: UNet, below: UNet) -> None:
+    """Ten steps: the second lasts for two, the first for five. Sides of the middle and of what is nowhere smaller, by step."""
+    plain = shapes(unet, HiDiffusion(0.0, False), 0, 32, "mid_block", "up_blocks.1")
+    assert plain == {"mid_block": (8, 8), "up_blocks.1": (32, 32)}
+    for net, within in ((unet, (2, 4, 8)), (below, (2, 4, 8))):
+        for patch, early in ((HiDiffusion(0.5, False, 0.2), within[0]), (HiDiffusion(0.5, False, 0.2, True), within[1])):
+            found = [shapes(net, patch, step, 32, "mid_block", "conv_out") for step in (0, 1, 2, 4, 5)]
+            assert [f["mid_block"][0] for f in found] == [early, early, within[1], within[1], within[2]]
+            assert all(f["conv_out"] == (32, 32) for f in found)
+    instead = HiDiffusion(0.5, False, 0.2, True)
+    by_step = [shapes(below, instead, step, 32, "down_blocks.1.resnets.1")["down_blocks.1.resnets.1"] for step in (1, 2)]
+    assert by_step == [(16, 16), (8, 8)], "first halved by four behind the stage, then pooled within it"
+    x = picture(32)
+    assert torch.equal(ask(below, instead, 5, x), ask(below, HiDiffusion(0.0, False), 5, x))
+
+
+@pytest.mark.parametrize("patch", [HiDiffusion(0.5, True, 0.2), HiDiffusion(0.5, False, 0.2, True)])
+def test_the_network_of_diffusers_agrees_where_a_size_is_odd(below: UNet, patch: HiDiffusion) -> None:
+    """It is not told the sizes on its way up where those of the latent are whole."""
+    from diffusers import UNet2DConditionModel
+
+    c = below.config
+    kinds = {"down_block_types": c.down_block_types, "up_block_types": c.up_block_types, "cross_attention_dim": 12}
+    theirs = UNet2DConditionModel(
+        block_out_channels=(8, 8, 8), norm_num_groups=4, attention_head_dim=2, layers_per_block=2, **kinds
+    ).double()  # fmt: skip
+    theirs.load_state_dict(below.state_dict())
+    theirs.requires_grad_(False)
+    x = picture(20)
+    for step in (0, 3, 9):
+        torch.testing.assert_close(ask(theirs, patch, step, x), ask(below, patch, step, x))
+
+
+def test_what_is_pooled_is_a_mean_and_comes_back_by_bicubic(below: UNet) -> None:
+    down, up, x = "down_blocks.1.attentions.0", "up_blocks.1.attentions.1", picture(16)
+    seen: dict[str, list[Tensor]] = {down: [], up: []}
+
+    def keep(name: str) -> Callable[..., Any]:
+        def change(call: Callable[..., Any], *args: Any) -> Any:
+            seen[name].append(call(*args))
+            return seen[name][-1]
+
+        return change
+
+    token = ROWS.set(Rows(("cond",), 1, WALK[0]))
+    changes: dict[str, Any] = {n: [c] for n, c in HiDiffusion(windows=False).changes(below, Run(WALK)).items()}
+    with changed(below, {n: [keep(n), *cs, keep(n)] if n in seen else cs for n, cs in changes.items()}):
+        below(x, torch.tensor([500.0]), torch.randn(1, 5, 12).double())
+    ROWS.reset(token)
+    assert torch.equal(F.avg_pool2d(seen[down][0], 2), seen[down][1])
+    assert torch.equal(F.interpolate(seen[up][0], size=(8, 8), mode="bicubic"), seen[up][1])
+
+
+def test_windows_lie_where_attention_begins(below: UNet) -> None:
+    names = HiDiffusion(0.0).changes(below, Run(WALK))
+    assert {n.rsplit(".attentions", 1)[0] for n in names if n} == {"down_blocks.1", "up_blocks.1"}
+    x = picture(16)
+    assert not torch.allclose(ask(below, HiDiffusion(0.0), 0, x), ask(below, HiDiffusion(0.0, False), 0, x))
+
+
+def test_a_network_without_the_second_stage_says_so(unet: UNet) -> None:
+    config = Config(
+        block_out_channels=(8, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=4,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=12, attention_head_dim=2,
+    )  # fmt: skip
+    with pytest.raises(Exception, match=r"no down_blocks\.1\.attentions\.0"):
+        HiDiffusion(second=0.3).changes(UNet(config), Run(WALK))
+    with pytest.raises(Exception, match="second takes 0 to 1"):
+        HiDiffusion(second=1.5)
+
+
+def test_dispersed_kernels_are_the_nearest_ones() -> None:
+    """A single pixel stays one; sums are kept but for 5%; the residual is that of the least squares, .18; on a smooth image of
+    twice the size they give the enlarged result, nearer than the dilated kernels do."""
+    r = dispersion()
+    assert r.shape == (25, 9)
+    torch.testing.assert_close(r[:, 4], F.one_hot(torch.tensor(12), 25).double())
+    assert 0.95 < float(r.sum(0).min()) <= float(r.sum(0).max()) < 1 + 1e-9
+    draw = torch.Generator().manual_seed(0)
+    x, k = (torch.randn(64, 1, n, n, dtype=torch.float64, generator=draw) for n in (7, 3))
+    large = F.interpolate(x, scale_factor=2, mode="bilinear")
+    wanted = F.interpolate(F.conv2d(x.movedim(0, 1), k, padding=1, groups=64), scale_factor=2, mode="bilinear")
+
+    def off(weight: Tensor, dilation: int) -> float:
+        found = F.conv2d(large.movedim(0, 1), weight, padding=2, dilation=dilation, groups=64)
+        return float((found - wanted).norm() / wanted.norm())
+
+    best = off(dispersed(k), 1)
+    assert best == pytest.approx(0.18, abs=0.02)
+    assert best < off(k, 2) - 0.01
+
+
+def test_dispersion_halves_the_dilation_and_ends_first(unet: UNet) -> None:
+    x, conv = picture(16), nn.Conv2d(4, 6, 3, padding=1).double().requires_grad_(False)
+    for dilation in (1.0, 2.0):
+        whole = int(dilation)
+        plain = F.conv2d(x, dispersed(conv.weight), conv.bias, padding=2 * whole, dilation=whole)
+        torch.testing.assert_close(redilated(x, conv, dilation, True), plain)
+    halved = nn.Conv2d(4, 6, 3, 2, padding=1).double().requires_grad_(False)
+    assert redilated(x, halved, 1.5, True).shape == halved(x).shape
+    patch, dilated, none = ScaleCrafter(2.0, 0.6, "", 0.3), ScaleCrafter(2.0, 0.6), ScaleCrafter(1.0)
+    for step in range(10):
+        found = ask(unet, patch, step, x)
+        assert torch.equal(found, ask(unet, dilated, step, x)) == (step >= 3)
+        assert torch.equal(found, ask(unet, none, step, x)) == (step >= 6)
+    conv_in, mid = "mid_block.resnets.0.conv1", picture(8)[:, :4].repeat(1, 2, 1, 1)
+    token, change = ROWS.set(Rows(("cond",), 1, WALK[0])), patch.changes(unet, Run(WALK))[conv_in]
+    inner: Any = unet.get_submodule(conv_in)
+    torch.testing.assert_close(change(inner, mid), redilated(mid, inner, 1.0, True))
+    ROWS.reset(token)
+    for wrong in ({"dispersed": 0.7}, {"dispersed": 0.1, "dilation": 1.5}):
+        with pytest.raises(Exception, match="dispersed takes 0 to share"):
+            ScaleCrafter(**wrong)
 
 
 def test_windows_take_an_image_apart_and_join_it() -> None:

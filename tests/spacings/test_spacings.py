@@ -215,6 +215,20 @@ def test_fields_out_of_range_are_refused(name: str, fields: dict[str, Any]) -> N
         build("spacing", name, **fields)(TABLE, 5)
 
 
+def test_the_times_of_distillation_equal_diffusers() -> None:
+    """LCM's and TCD's, for every count and two tables of distillation; more steps than were trained are those that were."""
+    from diffusers import LCMScheduler, TCDScheduler
+
+    for train in (50, 40):
+        for made in (LCMScheduler(original_inference_steps=train), TCDScheduler(original_inference_steps=train)):
+            for steps in range(1, train + 1):
+                made.set_timesteps(steps)
+                assert times(TABLE, build("spacing", "lcm", train=train)(TABLE, steps)) == made.timesteps.tolist()
+    assert build("spacing", "lcm")(TABLE, 300) == build("spacing", "lcm")(TABLE, 50)
+    with pytest.raises(UsageError, match="train is 0"):
+        build("spacing", "lcm", train=0)(TABLE, 4)
+
+
 def test_every_list_ends_clean() -> None:
-    for name in ("exponential", "beta", "align_your_steps", "token_shift", "zero_terminal"):
+    for name in ("lcm", "exponential", "beta", "align_your_steps", "token_shift", "zero_terminal"):
         assert build("spacing", name)(TABLE, 6)[-1] == CLEAN

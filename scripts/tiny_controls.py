@@ -1,0 +1,257 @@
+"""Tiny random controls of the real classes, and the finished latents under them next to those of diffusers' pipelines."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from PIL import Image
+from tiny_families import MADE, sdxl
+from tiny_texts import eye, lively
+
+from ldm_pipe import Noise, Pipeline
+from ldm_pipe.doors.controls import Controls
+from ldm_pipe.parts import quiet
+
+PROMPT, NEGATIVE, STEPS, SEED, SCALE = "a red fox on blue", "low quality", 5, 7, 4.0
+HEIGHT, WIDTH = 32, 64  # not square: sides that are swapped show
+GREYS = Image.linear_gradient("L").resize((WIDTH, HEIGHT))
+PICTURE = Image.merge("RGB", (GREYS.rotate(90), GREYS, GREYS.rotate(180)))
+# The U-Net of the published XL in small: no attention in its first stage, two layers deep in the last one.
+STAGES = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16, 16), "transformer_layers_per_block": (1, 1, 2), "layers_per_block": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A control beside a model. model: makes diffusers' pipeline of it; pipeline: the class that runs it under the control;
+    saved: writes the control into a folder and says what --control is given; beside: what the class is given of that folder;
+    given: what the call is given; ready: is done to the pipeline first; fields: what --set control... is given; settings:
+    of our run, in the place of the usual ones."""
+
+    model: Callable[[], Any]
+    pipeline: str
+    saved: Callable[[Path], str]
+    beside: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    given: dict[str, Any] = field(default_factory=dict)
+    ready: Callable[[Any, Path], None] = lambda pipe, folder: None
+    fields: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def both(name: str, place: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(our latents, diffusers' latents) of one image under a control, from the same start."""
+    case, folder, control = CASES[name], place / "model", place / "control"
+    torch.manual_seed(0)
+    with quiet():
+        case.model().save_pretrained(folder)
+        text = case.saved(control)
+    pipe = Pipeline.from_pretrained(str(folder), "cpu", "fp32")
+    flow = name.startswith(("sd3", "flux", "sana"))
+    settings: dict[str, Any] = {"negative_prompt": NEGATIVE, "steps": STEPS, "guidance_scale": SCALE, "seed": SEED}
+    settings |= {"height": HEIGHT, "width": WIDTH} | ({} if flow else {"sampler": "ddim", "spacing": "leading"}) | case.settings
+    whole = pipe.plan(PROMPT, **settings)
+    start = Noise((SEED,), whole.shape).start()
+    whole = Controls.of([text], 1, [0.6], case.fields).applied(pipe, whole, [PICTURE])
+    return next(pipe.run(whole)).latents, theirs(case, folder, control, start, flow)
+
+
+def theirs(case: Case, folder: Path, control: Path, start: torch.Tensor, flow: bool) -> torch.Tensor:
+    """The latents of diffusers' pipeline. It draws the latents of a picture, we take their mean; it is made to do that too."""
+    import diffusers
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Drawn
+
+    mean = mock.patch.object(Drawn, "sample", lambda self, generator=None: self.mean)
+    with quiet(), warnings.catch_warnings(), mean:
+        warnings.simplefilter("ignore")
+        pipe = getattr(diffusers, case.pipeline).from_pretrained(folder, local_files_only=True, **case.beside(control))
+        pipe.set_progress_bar_config(disable=True)
+        if not flow:
+            leading = {"timestep_spacing": "leading", "set_alpha_to_one": True, "steps_offset": 1}
+            pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **leading)
+        case.ready(pipe, control)
+        given = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": SCALE, "output_type": "latent"}
+        given |= {"height": HEIGHT, "width": WIDTH, "latents": start, **case.given}
+        if case.pipeline.startswith("Flux"):
+            given["latents"] = pipe._pack_latents(start, *start.shape)
+            out = pipe(**given, max_sequence_length=512).images
+            return pipe._unpack_latents(out, HEIGHT, WIDTH, pipe.vae_scale_factor)
+        return pipe(**given, negative_prompt=NEGATIVE).images
+
+
+def written(make: Callable[[], Any], gain: float = 1.3) -> Callable[[Path], str]:
+    """What saves the network that `make` makes, its weights as large as `gain` says."""
+
+    def saved(folder: Path) -> str:
+        lively(make(), gain).save_pretrained(folder)
+        return str(folder)
+
+    return saved
+
+
+def read(part: str, name: str) -> Callable[[Path], dict[str, Any]]:
+    """What reads it back by diffusers."""
+    import diffusers
+
+    return lambda folder: {part: getattr(diffusers, name).from_pretrained(folder)}
+
+
+def controlnet(**changes: Any) -> Any:
+    """For the U-Net of `tiny_families.sdxl`."""
+    from diffusers import ControlNetModel
+
+    size = {"cross_attention_dim": 40, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1,
+            "block_out_channels": (8, 16), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "conditioning_embedding_out_channels": (4, 4, 4), "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 68}  # fmt: skip
+    return ControlNetModel(**(size | changes))
+
+
+def adapter() -> Any:
+    """For the U-Net of `STAGES`, whose pixels are 8 to one of the first features."""
+    from diffusers import T2IAdapter
+
+    return T2IAdapter(3, [8, 16, 16, 16], 2, 8, "full_adapter_xl")
+
+
+def sd3_controlnet(**changes: Any) -> Any:
+    """For `tiny_families.sd3`, of one block for its two."""
+    from diffusers import SD3ControlNetModel
+
+    size = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 1, "attention_head_dim": 8, "out_channels": 4,
+            "num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 32, "pooled_projection_dim": 22,
+            "pos_embed_max_size": 96}  # fmt: skip
+    return SD3ControlNetModel(**(size | changes))
+
+
+def flux_controlnet(**changes: Any) -> Any:
+    """For `tiny_families.flux`."""
+    from diffusers import FluxControlNetModel
+
+    size = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+            "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": True}  # fmt: skip
+    return FluxControlNetModel(**(size | changes))
+
+
+def sana_controlnet(**changes: Any) -> Any:
+    """For `tiny_families.sana`, of one block."""
+    from diffusers import SanaControlNetModel
+
+    size = {"patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_attention_heads": 2, "sample_size": 8,
+            "attention_head_dim": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8,
+            "caption_channels": 8}  # fmt: skip
+    return SanaControlNetModel(**(size | changes))
+
+
+def image_prompt(form: str, width: int, layers: tuple[int, ...]) -> Callable[[Path], str]:
+    """What saves an IP-Adapter's file for tokens of `width` and attentions of these widths, and a CLIP of 28 pixels."""
+
+    def saved(folder: Path) -> str:
+        from safetensors.torch import save_file
+
+        from ldm_pipe.networks.image_prompt import Base, Plus
+
+        eye().save_pretrained(folder / "image_encoder")
+        made = lively(Base(12, width, 4) if form == "base" else Plus(16, width, (1, 5, 24), 4, 128, 96))
+        tensors = {f"image_proj.{n}": t.clone() for n, t in made.state_dict().items()}
+        for k, channels in enumerate(layers):
+            tensors |= {f"ip_adapter.{2 * k + 1}.to_{kind}_ip.weight": torch.randn(channels, width) * 0.3 for kind in "kv"}
+        save_file(tensors, folder / f"{form}.safetensors")
+        return f"ip_adapter({folder / form}.safetensors, image_encoder={folder / 'image_encoder'})"
+
+    return saved
+
+
+def flux_prompt(folder: Path) -> str:
+    """Saves an IP-Adapter's file for `tiny_families.flux`, and a CLIP beside it."""
+    from safetensors.torch import save_file
+
+    from ldm_pipe.networks.image_prompt import Base
+
+    eye().save_pretrained(folder / "image_encoder")
+    tensors = {f"ip_adapter_proj_model.{n}": t.clone() for n, t in lively(Base(12, 32, 4)).state_dict().items()}
+    for kind in "kv":
+        name = f"double_blocks.0.processor.ip_adapter_double_stream_{kind}_proj"
+        tensors |= {f"{name}.weight": torch.randn(32, 32) * 0.3, f"{name}.bias": torch.randn(32) * 0.3}
+    save_file(tensors, folder / "flux.safetensors")
+    return f"ip_adapter({folder / 'flux.safetensors'})"
+
+
+def flux_loaded(pipe: Any, folder: Path) -> None:
+    """Gives diffusers' pipeline the same file."""
+    eyes = {"image_encoder_pretrained_model_name_or_path": str(folder / "image_encoder"), "image_encoder_subfolder": ""}
+    pipe.load_ip_adapter(str(folder), weight_name="flux.safetensors", subfolder="", local_files_only=True, **eyes)
+    pipe.set_ip_adapter_scale(0.6)
+
+
+def loaded(form: str) -> Callable[[Any, Path], None]:
+    """What gives diffusers' pipeline the same file."""
+
+    def ready(pipe: Any, folder: Path) -> None:
+        pipe.load_ip_adapter(str(folder), subfolder="", weight_name=f"{form}.safetensors", local_files_only=True)
+        pipe.set_ip_adapter_scale(0.6)
+
+    return ready
+
+
+def ip_adapter(family: Callable[[], Any], pipeline: str, form: str, width: int, layers: tuple[int, ...]) -> Case:
+    """A case of an IP-Adapter."""
+    prompt = {"ip_adapter_image": PICTURE}
+    return Case(family, pipeline, image_prompt(form, width, layers), given=prompt, ready=loaded(form))
+
+
+def flux_case(make: Callable[[], Any], mode: int | None) -> Case:
+    """A case of Flux, whose pipeline wants the kind of picture from union networks."""
+    given = {"control_image": PICTURE, "controlnet_conditioning_scale": 0.6} | ({} if mode is None else {"control_mode": mode})
+    named = ("FluxControlNetPipeline", written(make), read("controlnet", "FluxControlNetModel"))
+    return Case(MADE["flux dev"], *named, given, fields={} if mode is None else {"mode": mode})
+
+
+HINT = {"image": PICTURE, "controlnet_conditioning_scale": 0.6}
+PLAIN = {"clean_caption": False, "use_resolution_binning": False}
+SMALL, DEEP = (8, 8, 8, 16), (*(16,) * 6, *(16,) * 9, *(16,) * 2)
+
+
+def sd3_case(**changes: Any) -> Case:
+    """A case of Stable Diffusion 3."""
+    given = {"control_image": PICTURE, "controlnet_conditioning_scale": 0.6}
+    named = ("StableDiffusion3ControlNetPipeline", written(lambda: sd3_controlnet(**changes), 0.8))
+    return Case(MADE["sd3"], *named, read("controlnet", "SD3ControlNetModel"), given)
+
+
+CASES: dict[str, Case] = {
+    "sd ip-adapter": ip_adapter(MADE["sd"], "StableDiffusionPipeline", "base", 16, SMALL),
+    "sd ip-adapter plus": ip_adapter(MADE["sd"], "StableDiffusionPipeline", "plus", 16, SMALL),
+    "sdxl ip-adapter": ip_adapter(lambda: sdxl(**STAGES), "StableDiffusionXLPipeline", "base", 40, DEEP),
+    "sdxl ip-adapter plus": ip_adapter(lambda: sdxl(**STAGES), "StableDiffusionXLPipeline", "plus", 40, DEEP),
+    "sdxl controlnet": Case(
+        MADE["sdxl"], "StableDiffusionXLControlNetPipeline", written(controlnet), read("controlnet", "ControlNetModel"), HINT
+    ),
+    "sdxl t2i-adapter": Case(
+        lambda: sdxl(**STAGES), "StableDiffusionXLAdapterPipeline", written(adapter), read("adapter", "T2IAdapter"),
+        {"image": PICTURE, "adapter_conditioning_scale": 0.6},
+    ),
+    "sd3 controlnet": sd3_case(),
+    "sd3 controlnet, pooled": sd3_case(force_zeros_for_pooled_projection=False),
+    "sana controlnet": Case(
+        MADE["sana"], "SanaControlNetPipeline", written(sana_controlnet, 0.5), read("controlnet", "SanaControlNetModel"),
+        {"control_image": PICTURE, "controlnet_conditioning_scale": 0.6, "num_inference_steps": 3, **PLAIN},
+        settings={"steps": 3},
+    ),
+    "flux ip-adapter": Case(
+        MADE["flux dev"], "FluxPipeline", flux_prompt, ready=flux_loaded, settings={"guidance_scale": None, "guide": "cfg(3)"},
+        given={"ip_adapter_image": PICTURE, "guidance_scale": 3.5, "true_cfg_scale": 3.0, "negative_prompt": NEGATIVE},
+    ),
+    "flux controlnet": flux_case(flux_controlnet, None),
+    "flux controlnet, union": flux_case(lambda: flux_controlnet(num_mode=3), 2),
+}  # fmt: skip
