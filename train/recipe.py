@@ -17,6 +17,7 @@ from train.data.source import Fault
 TASKS = {
     "codec": "train.tasks.codec:Codec",
     "clip": "train.tasks.clip:Clip",
+    "parse": "train.tasks.parse:Parse",
     "latent": "train.tasks.latent:Latent",
     "vae": "train.tasks.vae:Vae",
     "finetune": "train.tasks.finetune:Finetune",

@@ -17,7 +17,10 @@ from train.loop import run
 from train.tasks.clip import Clip
 from train.tasks.codec import Codec
 from train.tasks.latent import Latent
-from train.world import render
+from train.tasks.parse import SLOTS, Parse, filled
+from train.world import Scene, objects, render
+from train.world.scenes import Placed
+from train.world.words import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,39 +82,56 @@ def test_training_goes_on_from_an_exported_model(stages: Path) -> None:
     assert all(torch.equal(weights[n], t) for n, t in net.model.network.unet.state_dict().items())
 
 
-def test_slots_say_what_stands_where_whatever_the_phrasing() -> None:
-    from train.tasks.latent import SLOTS, _slots
-    from train.world import Scene, objects
-    from train.world.scenes import Placed
-
+def test_slots_say_what_stands_where() -> None:
     fox, owl = (1 + objects().index(n) for n in ("fox", "owl"))
     placed = Placed("fox", 24, 2, 2), Placed("owl", 24, 34, 2)
-    for scene, filled in (
+    for scene, found in (
         (Scene("one", "red", placed[:1]), {"one": fox}),
         (Scene("two", "red", placed, "left of"), {"left of": fox, "right of": owl}),
         (Scene("two", "red", placed[::-1], "right of"), {"left of": fox, "right of": owl}),
         (Scene("two", "red", placed, "below"), {"below": fox, "above": owl}),
         (Scene("count", "red", (placed[0],) * 3), {"three": fox}),
     ):
-        assert _slots(scene) == [filled.get(slot, 0) for slot in SLOTS]
+        assert filled(scene) == [found.get(slot, 0) for slot in SLOTS]
 
 
-def test_parsing_adds_its_term_for_the_text_encoder_alone(stages: Path) -> None:
-    batch = latent(stages).batch(0, range(4))
-    plain, net = latent(stages).net(), replace(latent(stages), parse=0.5).net()
-    net.text.load_state_dict(plain.text.state_dict())
-    without, terms = plain(batch), net(batch)
-    assert torch.equal(terms["loss"], without["loss"] + 0.5 * terms["parse"])  # the U-Net's output is zero in both
-    (0.5 * terms["parse"]).backward()
-    assert all(p.grad is not None and p.grad.any() for n, p in net.text.named_parameters() if "layers.0.mlp" in n)
-    assert all(p.grad is None for p in net.model.parameters())
-    optimiser = torch.optim.Adam([*net.text.parameters(), *net.reader.parameters()], 1e-2)
+def test_relations_come_after_order(stages: Path) -> None:
+    task = Parse(str(stages / "text" / "export"), plain=100)
+    tokenizer = make_tokenizer(24)
+    right, below = (tokenizer(w).input_ids[1] for w in ("right", "below"))
+    early, late = (task.batch(0, range(a, a + 100))["tokens"] for a in (0, 100))
+    assert not ((early == right) | (early == below)).any()
+    assert (late == right).any()
+    assert (late == below).any()
+
+
+def test_parsing_moves_the_text_encoder_and_learns(stages: Path) -> None:
+    task = Parse(str(stages / "text" / "export"), keep=0.5)
+    net, batch = task.net(), task.batch(0, range(4))
+    first = net(batch)
+    assert first["moved"].item() == 0
+    assert torch.equal(first["loss"], first["named"])
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, 1e-2)
     for _ in range(40):
         optimiser.zero_grad()
-        learned = net(batch)["parse"]
-        learned.backward()
+        found = net(batch)
+        found["loss"].backward()
         optimiser.step()
-    assert learned < 0.1 * terms["parse"]
+    assert found["named"] < 0.2 * first["named"]
+    assert found["right"] == 1
+    assert torch.equal(found["loss"], found["named"] + 0.5 * found["moved"])
+    assert found["moved"] > 0
+
+
+def test_a_parsed_encoder_stands_where_the_old_one_stood(stages: Path, tmp_path: Path) -> None:
+    model = stages / "model" / "export"
+    run(Parse(str(model)), Job(output=str(tmp_path), batch=2, steps=2, warmup=1, ema=0.0))
+    old, new = (load_file(f / "text_encoder" / "model.safetensors") for f in (model, tmp_path / "export"))
+    assert any(not torch.equal(old[k], new[k]) for k in old)
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (model / unet).read_bytes() == (tmp_path / "export" / unet).read_bytes()
+    Pipeline.from_pretrained(str(tmp_path / "export"), "cpu", "fp32")
 
 
 def test_a_batch_is_a_pure_function_of_its_ids(stages: Path) -> None:

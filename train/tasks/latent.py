@@ -1,9 +1,7 @@
 """Latent diffusion: a cross-attention U-Net on the codec's latents, with its text encoder.
 
 High-Resolution Image Synthesis with Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752, eq. 3; conditioning
-dropout of Classifier-Free Diffusion Guidance, Ho and Salimans 2022, arXiv 2207.12598, algorithm 1. Text encoders trained by
-contrast are bags of words that forget who stands left of whom (When and Why Vision-Language Models Behave like Bags-of-Words,
-Yuksekgonul et al. 2022, arXiv 2210.01936); here a linear head that is thrown away afterwards asks for it (`parse`).
+dropout of Classifier-Free Diffusion Guidance, Ho and Salimans 2022, arXiv 2207.12598, algorithm 1.
 """
 
 from __future__ import annotations
@@ -29,11 +27,8 @@ from ldm_pipe.prediction import FLOW
 from train.data.latents import LatentCache
 from train.job import Batch, Task
 from train.objectives.objective import Objective, read
-from train.world import objects, scene_at
-from train.world.scenes import NUMBERS, OPPOSITE, Scene, caption
-
-# Where an object can stand by its caption: alone, on a side of another, in a pair, in a three.
-SLOTS = ("one", "left of", "right of", "above", "below", "two", "three")
+from train.world import scene_at
+from train.world.scenes import caption
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,6 @@ class Latent(Task):
     dropout: share of captions left empty. objective: a table, see train/objectives/objective.py.
     train_text: train the text encoder jointly (False: keep the contrastive one frozen). start: a model folder whose U-Net and
     text encoder are trained on, on the same codec ("": a fresh U-Net and the contrastive text encoder).
-    parse: weight of a loss that has the text encoder's last token say which object stands in which of SLOTS (0: none).
     """
 
     codec: str
@@ -60,7 +54,6 @@ class Latent(Task):
     objective: dict[str, Any] = field(default_factory=dict)
     train_text: bool = True
     start: str = ""
-    parse: float = 0.0
 
     def net(self) -> nn.Module:
         """The trainable pair of U-Net and text encoder."""
@@ -75,7 +68,7 @@ class Latent(Task):
         else:
             unet = self._fresh(text.config.hidden_size)
         set_backend(unet, "math")
-        return LatentLoss(unet, text, self._objective(), self.parse)
+        return LatentLoss(unet, text, self._objective())
 
     def _fresh(self, width: int) -> Any:
         """A U-Net for these latents and for text features of this width, its output zero."""
@@ -108,21 +101,19 @@ class Latent(Task):
         return read(self.objective, "objective")
 
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
-        """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]; slots: [B,7]; what else the objective draws."""
+        """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]; what else the objective draws."""
         latents, objective = self._cache(), self._objective()
-        rows, words, draws, slots = [], [], [], []
+        rows, words, draws = [], [], []
         for i in ids:
             rng = np.random.Generator(np.random.Philox(key=[seed + 11, i]))
             row = latents.row(seed, i)
             rows.append(row)
-            scene = scene_at(latents.seed, row)[0]
-            text = caption(scene, rng)
+            text = caption(scene_at(latents.seed, row)[0], rng)
             words.append("" if rng.random() < self.dropout else text)
-            slots.append(_slots(scene) if words[-1] else [0] * len(SLOTS))
             draws.append(objective.draw(rng, latents.shape))
         tokens = _tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         drawn = {name: torch.from_numpy(np.stack([d[name] for d in draws])) for name in draws[0]}
-        return {"x0": latents.take(rows), "tokens": tokens, "slots": torch.tensor(slots), **drawn}
+        return {"x0": latents.take(rows), "tokens": tokens, **drawn}
 
     def export(self, net: Any, folder: Path) -> None:
         """Write a whole model: `unet/`, `text_encoder/`, copies of the other parts, and the index."""
@@ -170,25 +161,12 @@ def _tokenizer(folder: str) -> Any:
     return CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
 
 
-def _slots(scene: Scene) -> list[int]:
-    """Which object stands in each of SLOTS: its number from 1 on, 0 for none."""
-    number = {name: 1 + i for i, name in enumerate(objects())}
-    first, second = scene.placed[0].name, scene.placed[-1].name
-    if scene.kind == "two":
-        filled = {scene.relation: first, OPPOSITE[scene.relation]: second}
-    else:
-        filled = {{1: "one", **NUMBERS}[len(scene.placed)]: first}
-    return [number[filled[slot]] if slot in filled else 0 for slot in SLOTS]
-
-
 class LatentLoss(nn.Module):
     """The denoising loss of a batch, text encoder included."""
 
-    def __init__(self, unet: nn.Module, text: Any, objective: Objective, parse: float = 0.0) -> None:
+    def __init__(self, unet: nn.Module, text: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model, self.text, self.objective = Model(UNet(unet), Flow(), FLOW), text, objective
-        self.parse = parse
-        self.reader = nn.Linear(text.config.hidden_size, len(SLOTS) * (1 + len(objects()))) if parse else None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """-> loss: mean squared error of the flow; its means over the noisy and the clean half of the levels; each, u: [B]."""
@@ -196,12 +174,7 @@ class LatentLoss(nn.Module):
         terms = self.objective(self.model, batch["x0"], batch, Cond(tokens=tokens))
         noisy = (terms.u > 0.5).float()
         halves = {"noisy": _mean(terms.error, noisy), "clean": _mean(terms.error, 1 - noisy)}
-        loss = terms.loss.mean()
-        if self.reader is not None:
-            named = self.reader(tokens[:, -1].float()).unflatten(-1, (len(SLOTS), -1))  # [B,L,width] -> [B,7,objects+1]
-            halves["parse"] = nn.functional.cross_entropy(named.flatten(0, 1), batch["slots"].flatten())
-            loss = loss + self.parse * halves["parse"]
-        return {"loss": loss, **halves, "each": terms.loss.detach(), "u": terms.u}
+        return {"loss": terms.loss.mean(), **halves, "each": terms.loss.detach(), "u": terms.u}
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
