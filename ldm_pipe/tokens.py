@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from ldm_pipe.configs import LONGEST_TOKENIZER, read_json
@@ -83,6 +84,9 @@ def places(tokenizer: Tokenizer, window: int, text: str) -> list[tuple[str, rang
     return [(word, span) for word, span in found if len(span)]
 
 
+_LOCK = Lock()  # transformers' tokenizers fill up and cut by settings that all threads share
+
+
 @dataclass(frozen=True, eq=False)
 class FromTransformers:
     """A tokenizer of transformers."""
@@ -91,17 +95,20 @@ class FromTransformers:
 
     def __call__(self, prompts: Sequence[str], window: int) -> list[list[int]]:
         """Rows of `window` ids."""
-        return self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=window).input_ids
+        with _LOCK:
+            return self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=window).input_ids
 
     def length(self, prompt: str) -> int:
         """Ids of the whole prompt."""
-        return len(self.tokenizer(prompt).input_ids)
+        with _LOCK:
+            return len(self.tokenizer(prompt).input_ids)
 
     def starts(self, prompt: str) -> list[int]:
         """Where the ids begin. Raises ModelError of a tokenizer that cannot tell."""
         if not self.tokenizer.is_fast:
             raise ModelError(f"{type(self.tokenizer).__name__} cannot tell where words begin; --plain-prompt does without")
-        found = self.tokenizer(prompt, return_offsets_mapping=True, return_special_tokens_mask=True)
+        with _LOCK:
+            found = self.tokenizer(prompt, return_offsets_mapping=True, return_special_tokens_mask=True)
         return begun(prompt, found.offset_mapping, found.special_tokens_mask)
 
 

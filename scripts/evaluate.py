@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ldm_pipe import Pipeline, files, image, recipe
 from train.world import draw_scene, render
 from train.world.grader import grade
 from train.world.nearest import resembles
-from train.world.scenes import Scene, captions
+from train.world.scenes import OPPOSITE, Scene, captions
 
 CATEGORIES = {
     "one object": ("one", "train"),
@@ -35,15 +36,18 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> dict[str, float]:
-    """How many images say what their prompts say, by the grader and by the nearest sprites. Image i has seed i."""
+    """How many images say what their prompts say, by the grader and by the nearest sprites; of two objects also how many say
+    the opposite relation. Image i has seed i."""
     seeds = tuple(range(len(wanted)))
-    right = near = 0
+    opposite = [replace(s, relation=OPPOSITE.get(s.relation, "")) for s in wanted]
+    right = near = swapped = 0
     for first in range(0, len(wanted), 50):
         part = wanted[first : first + 50]
         out = pipe([captions(s)[0] for s in part], seeds=seeds[first : first + 50], batch_size=50, **settings)
         right += graded(out.images, part)
+        swapped += graded(out.images, opposite[first : first + 50]) if part[0].relation else 0
         near += sum(resembles(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
-    return {**share(right, len(wanted)), "nearest": 100 * near / len(wanted)}
+    return {**share(right, len(wanted)), "nearest": 100 * near / len(wanted), "swapped": 100 * swapped / len(wanted)}
 
 
 def codec(pipe: Pipeline, count: int) -> dict[str, Any]:
@@ -100,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--prompts", type=int, default=500, help="per category")
+    parser.add_argument("--category", action="append", default=[], choices=list(CATEGORIES), help="with --only accuracy")
     parser.add_argument("--only", choices=["accuracy", "codec", "guidance", "sheet"])
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="steps=25, guidance_scale=3.0, sampler=euler")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
@@ -115,11 +120,11 @@ def main() -> None:
         found["codec"] = codec(pipe, args.prompts // 3)
         print(found["codec"], flush=True)
     if args.only in (None, "accuracy"):
-        for name, (kind, split) in CATEGORIES.items():
+        for name, (kind, split) in ((n, c) for n, c in CATEGORIES.items() if n in (args.category or CATEGORIES)):
             row = accuracy(pipe, scenes(kind, split, args.prompts, 11), settings)
             found.setdefault("accuracy", {})[name] = row
             interval = f"{row['right']:.1f}% ({row['low']:.0f} to {row['high']:.0f})"
-            print(f"| {name} | {interval} | {row['nearest']:.0f}% |", flush=True)
+            print(f"| {name} | {interval} | {row['nearest']:.0f}% | {row['swapped']:.0f}% |", flush=True)
     if args.only in (None, "guidance"):
         found["guidance"] = guidance(pipe, max(20, args.prompts // 5), settings, args.output)
     if args.only in (None, "sheet"):

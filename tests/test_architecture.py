@@ -31,7 +31,7 @@ LAYERS = {
     "doors.restoration looking.attention_maps looking.doctor looking.flags looking.sweep",
     10: "batch looking.watch replay request",
     11: "check looking.compare",
-    12: "commands",
+    12: "arguments commands",
     13: "cli",
     14: "__main__",
 }

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm_pipe.cli import main, parser
+from ldm_pipe.arguments import parser
+from ldm_pipe.cli import main
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("bad_inputs.jsonl").read_text(encoding="utf-8").splitlines()]
 RECIPES = {
