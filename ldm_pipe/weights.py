@@ -80,6 +80,8 @@ def tensors_as(file: Path, found: Any, dtype: torch.dtype) -> Callable[[str], Te
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         entries = json.loads(data.read(length))
+    ends = (e["data_offsets"] for n, e in entries.items() if n != "__metadata__")
+    scratch = torch.empty(max((end - begin for begin, end in ends), default=0), dtype=torch.uint8)  # fresh pages cost a second
 
     def tensor(name: str) -> Tensor:
         kind, (begin, end) = entries[name]["dtype"], entries[name]["data_offsets"]
@@ -87,7 +89,7 @@ def tensors_as(file: Path, found: Any, dtype: torch.dtype) -> Callable[[str], Te
         if own is None or own == dtype or begin == end:
             mapped: Tensor = found.get_tensor(name)
             return mapped if own is None else mapped.to(dtype)
-        raw = torch.empty(end - begin, dtype=torch.uint8)
+        raw = scratch[: end - begin]
         with file.open("rb") as data:
             data.seek(8 + length + begin)
             if data.readinto(raw.numpy().data) != end - begin:
