@@ -19,7 +19,7 @@ from measuring import graded, pyplot, scenes, share, write
 
 from ldm_pipe import Pipeline, files, image, recipe
 from train.world import draw_scene, render
-from train.world.grader import grade
+from train.world.grader import grade, holds, read
 from train.world.nearest import resembles
 from train.world.scenes import OPPOSITE, Scene, captions
 
@@ -39,13 +39,14 @@ def accuracy(pipe: Pipeline, wanted: list[Scene], settings: dict[str, Any]) -> d
     """How many images say what their prompts say, by the grader and by the nearest sprites; of two objects also how many say
     the opposite relation. Image i has seed i."""
     seeds = tuple(range(len(wanted)))
-    opposite = [replace(s, relation=OPPOSITE.get(s.relation, "")) for s in wanted]
     right = near = swapped = 0
     for first in range(0, len(wanted), 50):
         part = wanted[first : first + 50]
         out = pipe([captions(s)[0] for s in part], seeds=seeds[first : first + 50], batch_size=50, **settings)
-        right += graded(out.images, part)
-        swapped += graded(out.images, opposite[first : first + 50]) if part[0].relation else 0
+        readings = [read(np.asarray(i)) for i in out.images]
+        right += sum(map(holds, readings, part))
+        opposite = [replace(s, relation=OPPOSITE[s.relation]) for s in part if s.relation]  # all of them, or none
+        swapped += sum(map(holds, readings, opposite))
         near += sum(resembles(np.asarray(i), s) for i, s in zip(out.images, part, strict=True))
     return {**share(right, len(wanted)), "nearest": 100 * near / len(wanted), "swapped": 100 * swapped / len(wanted)}
 

@@ -21,7 +21,7 @@ LAYERS = {
     0: "errors",
     1: "configs emphasis files flags image level level_file lora_delta prompt samplewise settings strict",
     2: "backends cond expansion families first_names flow_names grammar hub levels noise path prediction "
-    "registry result runge_kutta tokens",
+    "registry residuals result runge_kutta tokens",
     3: "ahead attention calls codec inputs listing model offload restore.spectrum reuse schedule text vision weights",
     4: "blocks one_step parts patch perturb prepare restore.operator walk",
     6: "analysis.efficiency channels loading lora_names memory wording",
@@ -33,7 +33,6 @@ LAYERS = {
     11: "check looking.compare",
     12: "arguments commands",
     13: "cli",
-    14: "__main__",
 }
 RANKS = {name: rank for rank, names in LAYERS.items() for name in names.split()}
 # What others of the package wrap or are made of.

@@ -17,6 +17,7 @@ from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError, check_interval
 from ldm_pipe.level import inside
 from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.residuals import added
 
 NAMES = ("controlnet_block_samples", "controlnet_single_block_samples")
 GIVEN = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids")
@@ -62,7 +63,7 @@ class FluxControlNet(Patch):
             if self.scale == 0 or not inside(ROWS.get().level, self.lo, self.hi):
                 return call(**given)
             for name, blocks in zip(NAMES, self._blocks(given), strict=True):
-                given[name] = _sum(blocks, given.get(name))
+                given[name] = added("flux_controlnet", blocks, given.get(name))
             return call(**given)
 
         return {"transformer": controlled}
@@ -90,11 +91,3 @@ class FluxControlNet(Patch):
             **{n: given[n] for n in GIVEN},
         )
         return both
-
-
-def _sum(blocks: list[Tensor] | None, before: list[Tensor] | None) -> list[Tensor] | None:
-    if blocks is None or before is None:
-        return before if blocks is None else blocks
-    if len(blocks) != len(before):
-        raise UsageError(f"flux_controlnet: networks of {len(before)} and {len(blocks)} blocks do not add up")
-    return [a + b for a, b in zip(blocks, before, strict=True)]

@@ -15,6 +15,7 @@ from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError, check_interval
 from ldm_pipe.level import inside
 from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.residuals import added
 
 NAME = "controlnet_block_samples"
 
@@ -54,9 +55,6 @@ class SanaControlNet(Patch):
                 return call(x, **given)
             hint, before = self.hint.to(x).expand(len(x), -1, -1, -1), given.pop(NAME, None)
             blocks = self.network(x, controlnet_cond=hint, conditioning_scale=self.scale, **given)[0]
-            if before is not None and len(before) != len(blocks):
-                raise UsageError(f"sana_controlnet: networks of {len(before)} and {len(blocks)} blocks do not add up")
-            added = blocks if before is None else [a + b for a, b in zip(blocks, before, strict=True)]
-            return call(x, **given, **{NAME: added})
+            return call(x, **given, **{NAME: added("sana_controlnet", blocks, before)})
 
         return {"transformer": controlled}

@@ -16,6 +16,7 @@ from ldm_pipe.cond import ROWS
 from ldm_pipe.errors import UsageError, check_interval
 from ldm_pipe.level import inside
 from ldm_pipe.patch import Change, Patch, Run
+from ldm_pipe.residuals import added
 
 NAME = "block_controlnet_hidden_states"
 
@@ -57,10 +58,7 @@ class SD3ControlNet(Patch):
         def controlled(call: Callable[..., Any], **given: Any) -> Any:
             if self.scale == 0 or not inside(ROWS.get().level, self.lo, self.hi):
                 return call(**given)
-            blocks, before = self._blocks(transformer, given), given.get(NAME)
-            if before is not None and len(before) != len(blocks):
-                raise UsageError(f"sd3_controlnet: networks of {len(before)} and {len(blocks)} blocks do not add up")
-            given[NAME] = blocks if before is None else [a + b for a, b in zip(blocks, before, strict=True)]
+            given[NAME] = added("sd3_controlnet", self._blocks(transformer, given), given.get(NAME))
             return call(**given)
 
         return {"transformer": controlled}

@@ -29,6 +29,7 @@ from train.job import Batch, Task
 from train.objectives.objective import Objective, read
 from train.world import scene_at
 from train.world.scenes import caption
+from train.world.words import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Latent(Task):
             text = caption(scene_at(latents.seed, row)[0], rng)
             words.append("" if rng.random() < self.dropout else text)
             draws.append(objective.draw(rng, latents.shape))
-        tokens = _tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        tokens = read_tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         drawn = {name: torch.from_numpy(np.stack([d[name] for d in draws])) for name in draws[0]}
         return {"x0": latents.take(rows), "tokens": tokens, **drawn}
 
@@ -152,13 +153,6 @@ def write_index(folder: Path) -> None:
 @cache
 def _cache(codec: str, scenes: int) -> LatentCache:
     return LatentCache.of(Path(codec) / "vae", scenes)
-
-
-@cache
-def _tokenizer(folder: str) -> Any:
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
 
 
 class LatentLoss(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from train.job import Batch, Task
 from train.world import objects, scene_at
 from train.world.scenes import NUMBERS, OPPOSITE, Scene, captions
+from train.world.words import read_tokenizer
 
 # Where an object can stand by its caption: alone, on a side of another, in a pair, in a three.
 SLOTS = ("one", "left of", "right of", "above", "below", "two", "three")
@@ -53,16 +54,13 @@ class Parse(Task):
 
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
         """tokens: [B,L]; slots: [B,7], the number of the object in each, 0 for none."""
-        from transformers import CLIPTokenizer
-
         words, slots = [], []
         for i in ids:
             scene, _ = scene_at(seed + 13, i, SHARES)
             known = [c for c in captions(scene) if i >= self.plain or not {"right", "below"} & set(c.split())]
             words.append(known[np.random.Generator(np.random.Philox(key=[seed + 17, i])).integers(len(known))])
             slots.append(filled(scene))
-        tokenizer = CLIPTokenizer.from_pretrained(Path(self.text) / "tokenizer")
-        tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        tokens = read_tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return {"tokens": tokens, "slots": torch.tensor(slots)}
 
     def export(self, net: Any, folder: Path) -> None:

@@ -41,6 +41,14 @@ def make_tokenizer(window: int) -> Any:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=window)
 
 
+@cache
+def read_tokenizer(folder: str) -> Any:
+    """The CLIPTokenizer of a model folder, read once."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write `folder` in the new layout (tokenizer.json) and in the old one (vocab.json, merges.txt)."""
     tokenizer.save_pretrained(folder)
