@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,9 +27,11 @@ from ldm_pipe.path import Flow
 from ldm_pipe.prediction import FLOW
 from train.data.latents import LatentCache
 from train.job import Batch, Task
+from train.objectives.grounding import grounding, watching
 from train.objectives.objective import Objective, read
 from train.world import scene_at
 from train.world.scenes import caption
+from train.world.slots import placed
 from train.world.words import read_tokenizer
 
 
@@ -40,7 +43,8 @@ class Latent(Task):
     folds its map into the next. heads: of every attention.
     codec, text: exports of the stages before. scenes: how many are cached; each visit draws one of its captions anew.
     dropout: share of captions left empty. objective: a table, see train/objectives/objective.py.
-    train_text: train the text encoder jointly (False: keep the contrastive one frozen). start: a model folder whose U-Net and
+    train_text: train the text encoder jointly (False: keep the contrastive one frozen). ground: weight of the loss that tells
+    the attention where each of two objects stands (train/objectives/grounding.py; needs the `parse` stage). start: a model folder whose U-Net and
     text encoder are trained on, on the same codec ("": a fresh U-Net and the contrastive text encoder).
     """
 
@@ -54,6 +58,7 @@ class Latent(Task):
     dropout: float = 0.1
     objective: dict[str, Any] = field(default_factory=dict)
     train_text: bool = True
+    ground: float = 0.0
     start: str = ""
 
     def net(self) -> nn.Module:
@@ -69,7 +74,7 @@ class Latent(Task):
         else:
             unet = self._fresh(text.config.hidden_size)
         set_backend(unet, "math")
-        return LatentLoss(unet, text, self._objective())
+        return LatentLoss(unet, text, self._objective(), self.ground)
 
     def _fresh(self, width: int) -> Any:
         """A U-Net for these latents and for text features of this width, its output zero."""
@@ -102,19 +107,25 @@ class Latent(Task):
         return read(self.objective, "objective")
 
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
-        """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]; what else the objective draws."""
+        """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]; named, boxes: what `grounding` takes; what else the
+        objective draws."""
         latents, objective = self._cache(), self._objective()
-        rows, words, draws = [], [], []
+        rows, words, draws, named, boxes = [], [], [], [], []
         for i in ids:
             rng = np.random.Generator(np.random.Philox(key=[seed + 11, i]))
             row = latents.row(seed, i)
             rows.append(row)
-            text = caption(scene_at(latents.seed, row)[0], rng)
+            scene, _ = scene_at(latents.seed, row)
+            text = caption(scene, rng)
             words.append("" if rng.random() < self.dropout else text)
+            slots, where = placed(scene if words[-1] else None)
+            named.append(slots)
+            boxes.append(where)
             draws.append(objective.draw(rng, latents.shape))
         tokens = read_tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         drawn = {name: torch.from_numpy(np.stack([d[name] for d in draws])) for name in draws[0]}
-        return {"x0": latents.take(rows), "tokens": tokens, **drawn}
+        where = {"named": torch.stack(named), "boxes": torch.stack(boxes)} if self.ground else {}
+        return {"x0": latents.take(rows), "tokens": tokens, **where, **drawn}
 
     def export(self, net: Any, folder: Path) -> None:
         """Write a whole model: `unet/`, `text_encoder/`, copies of the other parts, and the index."""
@@ -158,17 +169,23 @@ def _cache(codec: str, scenes: int) -> LatentCache:
 class LatentLoss(nn.Module):
     """The denoising loss of a batch, text encoder included."""
 
-    def __init__(self, unet: nn.Module, text: nn.Module, objective: Objective) -> None:
+    def __init__(self, unet: nn.Module, text: nn.Module, objective: Objective, ground: float = 0.0) -> None:
         super().__init__()
+        self.ground = ground
         self.model, self.text, self.objective = Model(UNet(unet), Flow(), FLOW), text, objective
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """-> loss: mean squared error of the flow; its means over the noisy and the clean half of the levels; each, u: [B]."""
         tokens = self.text(batch["tokens"]).last_hidden_state
-        terms = self.objective(self.model, batch["x0"], batch, Cond(tokens=tokens))
+        with watching(self.model.network.unet) if self.ground else nullcontext([]) as maps:
+            terms = self.objective(self.model, batch["x0"], batch, Cond(tokens=tokens))
         noisy = (terms.u > 0.5).float()
         halves = {"noisy": _mean(terms.error, noisy), "clean": _mean(terms.error, 1 - noisy)}
-        return {"loss": terms.loss.mean(), **halves, "each": terms.loss.detach(), "u": terms.u}
+        loss = terms.loss.mean()
+        if self.ground:
+            halves["grounding"] = grounding(maps, batch["named"], batch["boxes"])
+            loss = loss + self.ground * halves["grounding"]
+        return {"loss": loss, **halves, "each": terms.loss.detach(), "u": terms.u}
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Text encoders trained by contrast are bags of words: captions whose order says w
 and Why Vision-Language Models Behave like Bags-of-Words, Yuksekgonul et al. 2022, arXiv 2210.01936). A denoiser trained jointly
 does not mend it: which object comes first tells nothing alone, nor does "left" against "right", so neither has a gradient to
 begin with (4500 steps left the order at chance). Here the order comes first: while only "left of" and "above" are shown it
-decides alone; then all relations are (Curriculum Learning, Bengio et al. 2009).
+decides alone; then all relations are (Curriculum Learning, Bengio et al. 2009). What is found is written where a denoiser can
+attend to it: on a token of its own for every side, as the object's own word would stand there (train/world/slots.py).
 """
 
 from __future__ import annotations
@@ -22,46 +23,57 @@ from torch import Tensor, nn
 
 from train.job import Batch, Task
 from train.world import objects, scene_at
-from train.world.scenes import NUMBERS, OPPOSITE, Scene, captions
+from train.world.scenes import article, captions
+from train.world.slots import SLOT, roles
 from train.world.words import read_tokenizer
 
-# Where an object can stand by its caption: alone, on a side of another, in a pair, in a three.
-SLOTS = ("one", "left of", "right of", "above", "below", "two", "three")
 SHARES = (0.1, 0.8, 0.1)  # of scenes of one, two, and two or three of a kind
+SHARP, NEAR = 20.0, 3.5  # of the cross-entropy, and weight of the distance beside it, both of distances relative to the spread
 
 
 @dataclass(frozen=True)
 class Parse(Task):
-    """Goes on with the text encoder of an export, so that a linear head on its last token names the object in each of SLOTS.
+    """Goes on with the text encoder of an export, so that its last four tokens name what stands left, right, above and below.
 
     text: the export of the stage before, or a whole model folder; what else it holds is taken along. plain: the first so many
-    samples show no other relation than "left of" and "above". keep: weight of the squared distance to the old tokens, so that
-    a denoiser that knows those finds them again.
+    samples show no other relation than "left of" and "above". keep: weight of the squared distance of all other tokens to what
+    they were, relative to the spread of the objects' tokens, so that a denoiser that knows those finds them again.
     """
 
     text: str
     plain: int = 26_000
-    keep: float = 0.02
+    keep: float = 1.0
 
     def net(self) -> nn.Module:
-        """The text encoder, its head, and a frozen copy of what it was."""
-        return ParseLoss(self._encoder(), self._encoder().requires_grad_(False), self.keep)
+        """The text encoder, a frozen copy of what it was, and where the objects' words stand."""
+        before = self._encoder().requires_grad_(False)
+        tokens = self._tokens([article(n) for n in objects()])
+        last = tokens.eq(before.config.eos_token_id).int().argmax(1) - 1  # of the object's word
+        with torch.no_grad():
+            named = before(tokens).last_hidden_state[torch.arange(len(tokens)), last]
+        return ParseLoss(self._encoder(), before, named, self.keep)
 
     def _encoder(self) -> Any:
         from transformers import CLIPTextModel
 
         return CLIPTextModel.from_pretrained(Path(self.text) / "text_encoder", dtype=torch.float32)
 
+    def _tokens(self, words: Sequence[str]) -> Tensor:
+        return torch.as_tensor(
+            read_tokenizer(self.text)(list(words), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        )
+
     def batch(self, seed: int, ids: Sequence[int]) -> Batch:
-        """tokens: [B,L]; slots: [B,7], the number of the object in each, 0 for none."""
+        """tokens: [B,L]; slots: [B,4], the number of the object on each side, 0 for none."""
         words, slots = [], []
+        numbers = {name: 1 + i for i, name in enumerate(objects())}
         for i in ids:
             scene, _ = scene_at(seed + 13, i, SHARES)
             known = [c for c in captions(scene) if i >= self.plain or not {"right", "below"} & set(c.split())]
             words.append(known[np.random.Generator(np.random.Philox(key=[seed + 17, i])).integers(len(known))])
-            slots.append(filled(scene))
-        tokens = read_tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return {"tokens": tokens, "slots": torch.tensor(slots)}
+            found = roles(scene)
+            slots.append([numbers[found[side]] if side in found else 0 for side in SLOT])
+        return {"tokens": self._tokens(words), "slots": torch.tensor(slots)}
 
     def export(self, net: Any, folder: Path) -> None:
         """Write `text_encoder/` and copies of the other parts."""
@@ -69,31 +81,40 @@ class Parse(Task):
         net.text.save_pretrained(folder / "text_encoder")
 
 
-def filled(scene: Scene) -> list[int]:
-    """Which object stands in each of SLOTS: its number from 1 on, 0 for none."""
-    number = {name: 1 + i for i, name in enumerate(objects())}
-    first, second = scene.placed[0].name, scene.placed[-1].name
-    if scene.kind == "two":
-        found = {scene.relation: first, OPPOSITE[scene.relation]: second}
-    else:
-        found = {{1: "one", **NUMBERS}[len(scene.placed)]: first}
-    return [number[found[slot]] if slot in found else 0 for slot in SLOTS]
-
-
 class ParseLoss(nn.Module):
-    """Cross-entropy of the objects named in the slots, and the distance to the tokens of before."""
+    """How far the slots' tokens are from the words that they are to hold, and all others from what they were.
 
-    def __init__(self, text: Any, before: Any, keep: float) -> None:
+    named: [objects,width], where the objects' words stand. A slot's token is to stand there, moved by an offset of the slot's
+    own at a right angle to the main differences of words: by it attention tells one side from another.
+    """
+
+    def __init__(self, text: Any, before: Any, named: Tensor, keep: float) -> None:
         super().__init__()
         self.text, self.before, self.keep = text, before, keep
-        self.reader = nn.Linear(text.config.hidden_size, len(SLOTS) * (1 + len(objects())))
+        differences = named - named.mean(0)
+        self.spread = float(differences.square().sum(1).mean())
+        offsets = torch.randn(len(SLOT), named.shape[1], generator=torch.Generator().manual_seed(0))
+        main = torch.linalg.svd(differences, full_matrices=False)[2][: named.shape[1] // 2]  # directions, the strongest first
+        offsets = offsets - offsets @ main.T @ main
+        self.register_buffer("named", named, persistent=False)
+        self.register_buffer("offsets", F.normalize(offsets) * self.spread**0.5, persistent=False)
+        self.register_buffer("sides", torch.tensor(list(SLOT.values())), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """tokens [B,L], slots [B,7] -> loss; named: nats per slot; moved: squared distance; right: share of whole scenes."""
+        """tokens [B,L], slots [B,4] -> loss; named: nats per slot that is filled; near: its squared distance; moved: the other
+        tokens' (both relative to the spread of words); right: share of filled slots whose nearest word is the right one."""
         tokens = self.text(batch["tokens"]).last_hidden_state  # [B,L,width]
         with torch.no_grad():
             old = self.before(batch["tokens"]).last_hidden_state
-        logits = self.reader(tokens[:, -1].float()).unflatten(-1, (len(SLOTS), -1))  # [B,7,objects + 1]
-        named, moved = F.cross_entropy(logits.flatten(0, 1), batch["slots"].flatten()), (tokens - old).square().mean()
-        right = (logits.argmax(-1) == batch["slots"]).all(1).float().mean()
-        return {"loss": named + self.keep * moved, "named": named, "moved": moved, "right": right}
+        filled = batch["slots"] > 0
+        words = (tokens[:, self.sides] - self.offsets)[filled].float()  # [filled,width]
+        wanted = batch["slots"][filled] - 1
+        far = torch.cdist(words, self.named).square() / self.spread  # [filled,objects]
+        count = max(1, len(wanted))
+        named = F.cross_entropy(-SHARP * far, wanted, reduction="sum") / count
+        near = far.gather(1, wanted[:, None]).sum() / count
+        others = torch.ones(tokens.shape[:2], device=tokens.device)
+        others[:, self.sides] -= filled.float()
+        moved = ((tokens - old).square().sum(-1) * others).sum() / others.sum() / self.spread
+        right = (far.argmin(1) == wanted).float().sum() / count
+        return {"loss": named + NEAR * near + self.keep * moved, "named": named, "near": near, "moved": moved, "right": right}

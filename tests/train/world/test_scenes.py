@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from train.world import COLOURS, draw_scene, objects, render, scene_at
-from train.world.scenes import KINDS, OPPOSITE, captions, colour_heldout, pair_heldout
+from train.world.scenes import CELL, EDGE, KINDS, LARGE, OPPOSITE, SMALL, captions, colour_heldout, pair_heldout
 from train.world.sprites import HERE, sprite
 from train.world.words import make_tokenizer, vocabulary
 
@@ -65,6 +65,15 @@ def test_objects_stay_inside_and_apart() -> None:
             assert p.y + h <= 63
     corner = render(scene_at(0, 5)[0])[0, 0]
     assert tuple(corner) == COLOURS[scene_at(0, 5)[0].colour]
+
+
+def test_places_and_sizes_come_in_steps_and_vary() -> None:
+    placed = [p for scene, _ in STREAM for p in scene.placed]
+    assert all(v % CELL == EDGE for p in placed for v in (p.x, p.y))
+    assert {p.size for p in placed} == {*LARGE, *SMALL}
+    assert all((p.size in LARGE) == (scene.kind == "one") for scene, _ in STREAM for p in scene.placed)
+    for kind in KINDS:
+        assert len({(p.x, p.y) for scene, _ in STREAM if scene.kind == kind for p in scene.placed}) >= 20
 
 
 def test_captions_name_all_and_only_what_is_there() -> None:
