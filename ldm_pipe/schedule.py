@@ -72,4 +72,5 @@ def defaults_of(config: Mapping[str, Any], family: Defaults, where: str = "sched
         low, high, least, most = (_number(config, name, default, where) for name, default in pairs)
         return replace(family, area_shift=(low, high, least, most))
     shift = float(_number(config, "flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0, where))
-    return replace(family, spacing_set={"base": "shifted", **family.spacing_set, "shift": shift})
+    own = family.spacing_set if family.spacing == "flow" else {}  # a U-Net trained on flow has a family that is not
+    return replace(family, spacing="flow", spacing_set={"base": "shifted", **own, "shift": shift})

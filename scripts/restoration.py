@@ -1,7 +1,8 @@
 """Measure the restoration methods on the built-in model: PSNR, the grader's verdict and the data's residual, against baselines.
 
-python scripts/restoration.py                   # restoration.{md,json,png} into docs/results/
-python scripts/restoration.py --pictures 4 --only dps --only ddnm --steps 50
+python scripts/restoration.py                   # restoration.{md,json} and a picture per problem into docs/results/
+python scripts/restoration.py --problem "pool(4)"                # one problem anew; the others stay
+python scripts/restoration.py --pictures 4 --only dps --only ddnm --steps 50 --output /tmp/look
 """
 
 from __future__ import annotations
@@ -12,37 +13,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import pyplot, write
+from measuring import kept, pyplot, write
 from PIL import Image
-from restoration_rows import PROBLEMS, Table, attempts
+from restoration_rows import PROBLEMS, Table, attempts, markdown
 
 from ldm_pipe import Pipeline, registry
 
 SHOWN, FULL = 4, 32
 NOTE = """# Restoration on the built-in model
 
-{count} scenes, seeds paired, `python scripts/restoration.py`. What is degraded is the scene after one round trip through the
-codec, so that methods on latents can reach it; a second round trip leaves {ceiling:.1f} dB, which bounds every row. The data
-are pictures of 256 levels, with noise of deviation 0.05 (of values in -1..1) under the blur. PSNR in dB, of the missing half
-alone under the mask; right: the grader finds what the caption says (in {right:.0f}% of the truths); residual: rms of A x - y,
-values span 2. Steps, kernels and the sizes of steps are those of `ldm_pipe/restore/defaults.py`, guidance 1, the prompt is the
-scene's caption unless a row says otherwise. Rows "in latents" hold the data by a mask of latents and paste the known pixels at
-the end. Seconds are a picture's, on one thread.
+Seeds paired, `python scripts/restoration.py`. What is degraded is the scene after one round trip through the codec, so that
+methods on latents can reach it; what a second round trip leaves, the ceiling, bounds every row. The data are pictures of 256
+levels, with noise of deviation 0.05 (of values in -1..1) under the blur. PSNR in dB, of the missing half alone under the mask;
+right: the grader finds what the caption says; residual: rms of A x - y, values span 2. Steps, kernels and the sizes of steps
+are those of `ldm_pipe/restore/defaults.py`, guidance 1, the prompt is the scene's caption unless a row says otherwise. Rows
+"in latents" hold the data by a mask of latents and paste the known pixels at the end. Seconds are a picture's, on one thread.
 """
 
 
-def picture(tables: list[Table], path: Path) -> None:
-    """A column for the truth, the degraded picture, every baseline and every method; four pictures to a problem."""
+def picture(table: Table, folder: Path) -> str:
+    """A column for the truth, the degraded picture, every baseline and every method; four pictures. Returns the file's name."""
     plots = pyplot()
-    figure, axes = plots.subplots(len(tables), 1, figsize=(14, 4.6 * len(tables)), layout="constrained", squeeze=False)
-    for table, (ax,) in zip(tables, axes, strict=True):
-        columns = [[np.asarray(i.resize((64, 64), Image.Resampling.NEAREST)) for i in c[:SHOWN]] for c in table.shown.values()]
-        ax.imshow(np.hstack([np.vstack(column) for column in columns]))
-        ax.set_xticks([64 * i + 32 for i in range(len(columns))], list(table.shown), rotation=60, ha="right", fontsize=7)
-        ax.set_yticks([])
-        ax.set_title(table.problem)
-    figure.savefig(path, dpi=100)
+    figure, ax = plots.subplots(figsize=(14, 4.6), layout="constrained")
+    columns = [[np.asarray(i.resize((64, 64), Image.Resampling.NEAREST)) for i in c[:SHOWN]] for c in table.shown.values()]
+    ax.imshow(np.hstack([np.vstack(column) for column in columns]))
+    ax.set_xticks([64 * i + 32 for i in range(len(columns))], list(table.shown), rotation=60, ha="right", fontsize=7)
+    ax.set_yticks([])
+    name = f"restoration_{table.problem.split('(')[0]}.png"
+    figure.savefig(folder / name, dpi=100)
     plots.close(figure)
+    return name
 
 
 def main() -> None:
@@ -66,13 +66,13 @@ def main() -> None:
 
 
 def report(tables: list[Table], count: int, folder: Path) -> None:
-    """The results so far: a run may be stopped at any picture."""
-    ceiling, right = (float(column) for column in np.mean(tables[0].about, axis=0))
-    found = {t.problem: {"rows": t.means(), "refused": t.refused} for t in tables}
-    result = {"pictures": count, "ceiling": ceiling, "right": right, "problems": found}
-    text = NOTE.format(count=count, ceiling=ceiling, right=right) + "".join(t.markdown() for t in tables)
-    write(folder, "restoration", result, text)
-    picture(tables, folder / "restoration.png")
+    """The results so far: a run may be stopped at any picture, and what other runs found of other problems stays."""
+    found = kept(folder, "restoration")
+    for table in tables:
+        ceiling, right = (float(column) for column in np.mean(table.about, axis=0))
+        about = {"pictures": count, "ceiling": ceiling, "right": right, "picture": picture(table, folder)}
+        found[table.problem] = {**about, "rows": table.means(), "refused": table.refused}
+    write(folder, "restoration", found, NOTE + "".join(markdown(p, found[p]) for p in PROBLEMS if p in found))
 
 
 if __name__ == "__main__":

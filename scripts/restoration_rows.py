@@ -103,12 +103,16 @@ class Table:
     def means(self) -> dict[str, dict[str, float]]:
         return {n: {k: round(float(np.mean([r[k] for r in rows])), 4) for k in HEAD} for n, rows in self.rows.items()}
 
-    def markdown(self) -> str:
-        lines = [f"\n## {self.problem}\n", "| | " + " | ".join(HEAD) + " |", "|---|" + "---:|" * len(HEAD)]
-        for name, (*facts, evaluations, seconds) in ((n, row.values()) for n, row in self.means().items()):
-            lines.append("| {} | {:.1f} | {:.0f}% | {:.4f} | {:.0f} | {:.1f} |".format(name, *facts, evaluations, seconds))
-        return "\n".join([*lines, "", *self._refusals()]) + "\n"
 
-    def _refusals(self) -> list[str]:
-        which = {why: [n for n, said in self.refused.items() if said == why] for why in self.refused.values()}
-        return [f"- refused: {', '.join(n for n in names if ', ' not in n)}: {why}" for why, names in which.items()]
+def markdown(problem: str, found: dict[str, Any]) -> str:
+    """The table of a problem, as `report` stores it."""
+    said = "{pictures} scenes; ceiling {ceiling:.1f} dB; the grader finds {right:.0f}% of the truths right.".format(**found)
+    lines = [f"\n## {problem}\n", said, "", "| | " + " | ".join(HEAD) + " |", "|---|" + "---:|" * len(HEAD)]
+    for name, row in found["rows"].items():
+        psnr, right, residual, evaluations, seconds = (row[k] for k in HEAD)
+        lines.append(f"| {name} | {psnr:.1f} | {right:.0f}% | {residual:.4f} | {evaluations:.0f} | {seconds:.1f} |")
+    refused = found["refused"]
+    for why in dict.fromkeys(refused.values()):
+        names = ", ".join(n for n, said in refused.items() if said == why and ", " not in n)
+        lines.append(f"\nRefused: {names}: {why}")
+    return "\n".join([*lines, "", f"![{problem}]({found['picture']})", ""])

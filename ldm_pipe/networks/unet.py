@@ -17,6 +17,7 @@ from ldm_pipe.errors import ModelError
 from ldm_pipe.parts import Made, Parts
 from ldm_pipe.text import ClipText
 
+LARGEST = 2048  # pixels of a side that a configuration may ask for where nobody does
 INSERTS = {0: None, 5: "masked", 4: "picture"}  # what stands behind x, by its number of channels beyond those of x
 
 
@@ -69,7 +70,9 @@ def assemble(parts: Parts) -> Made:
     unet, codec, tower = parts.network("unet"), parts.codec(), parts.clip()
     network = UNet(unet, parts.guidance)
     text = ClipText(tower.encoder, tower.tokenizer, frozenset(parts.words) or None)
-    return Made(network, text, codec, embeds=network.embeds, inserts=inserted(unet, codec.channels))
+    side = unet.config.sample_size  # of the latents that it was trained on
+    size = {"size": (side * codec.factor,) * 2} if isinstance(side, int) and 0 < side * codec.factor <= LARGEST else {}
+    return Made(network, text, codec, embeds=network.embeds, inserts=inserted(unet, codec.channels), defaults=size)
 
 
 def inserted(unet: Any, channels: int) -> str | None:
