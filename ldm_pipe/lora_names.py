@@ -18,15 +18,16 @@ from ldm_pipe.first_names import unet_name
 NETWORK = "network"
 PREFIXES = {
     "base_model.model.": NETWORK, "diffusion_model.": NETWORK, "unet.": NETWORK, "transformer.": NETWORK,
-    "lora_unet_": NETWORK, "lora_transformer_": NETWORK, "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
+    "lora_unet_": NETWORK, "lora_transformer_": NETWORK, "lycoris_": NETWORK,
+    "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
     **{f"lora_te{n}_": f"text_encoder_{n}" for n in (2, 3)}, "text_encoder.": "text_encoder",
     **{f"text_encoder_{n}.": f"text_encoder_{n}" for n in (2, 3)},
 }  # fmt: skip
 LEAVES = {
     **dict.fromkeys(("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight"), "down"),
     **dict.fromkeys(("lora_B.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight"), "up"),
-    **dict.fromkeys(("lora_magnitude_vector.weight", "lora_magnitude_vector", "dora_scale"), "magnitude"),
-    "lora_mid.weight": "mid", "alpha": "alpha", "diff": "whole",
+    **dict.fromkeys(("lora_magnitude_vector.weight", "lora_magnitude_vector"), "magnitude"),
+    "lora_mid.weight": "mid", "alpha": "alpha", "diff": "whole", "dora_scale": "dora_scale", "oft_R.weight": "rotation",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
 }  # fmt: skip

@@ -19,14 +19,14 @@ CORE = ("level", "path", "prediction", "cond", "model", "noise", "walk", "levels
 METHOD = 5
 LAYERS = {
     0: "errors",
-    1: "configs emphasis files flags image level level_file lora_delta prompt samplewise settings strict",
+    1: "configs emphasis files flags float8 image level level_file lora_delta prompt samplewise settings single_others strict",
     2: "backends cond expansion families first_names flow_names grammar hub levels noise path prediction "
-    "registry residuals result runge_kutta tokens",
+    "registry residuals result runge_kutta tokens windows",
     3: "ahead attention calls codec inputs listing model offload restore.spectrum reuse schedule text vision weights",
     4: "blocks one_step parts patch perturb prepare restore.operator walk",
-    6: "analysis.efficiency channels loading lora_names memory wording",
+    6: "analysis.efficiency channels loading lora_fused lora_names memory wording",
     7: "lora plan",
-    8: "doors.steering embedding looking.preview looking.record pipeline",
+    8: "doors.picture_prompts doors.steering embedding looking.preview looking.record pipeline",
     9: "doors.adapters doors.controls doors.edit doors.hallucinations doors.hires doors.image_prompt doors.patches "
     "doors.restoration looking.attention_maps looking.doctor looking.flags looking.sweep",
     10: "batch looking.watch replay request",

@@ -2,6 +2,8 @@
 
 `python -m train check --config ...` lists every fault of the recipe and its data instead, and trains nothing.
 `python -m train average --config ... --width 0.08 -o folder` exports an average of another width (job.post_hoc).
+`python -m train merge --model M --lora a.safetensors:0.8 --lora b.safetensors -o folder` makes them part of a model.
+`python -m train concepts --concept runs/a/export="a <toy> fox" ... -o FILE` merges trainings of Custom Diffusion.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from train import recipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run or check one job. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = words[0] if words[:1] in (["check"], ["average"]) else ""
+    command = words[0] if words and words[0] in SAYS else ""
     args = _parser(command).parse_args(words[bool(command) :])
     try:
+        if command in MERGES:
+            return MERGES[command](args)
         tables = recipe.read(args.config, args.set)
         if command == "check":
             return _check(tables, args.config)
@@ -41,20 +45,33 @@ SAYS = {
     "": "Train by a recipe; goes on where it was stopped.",
     "check": "List every fault of a recipe and its data.",
     "average": "Export the model with an average of another width.",
+    "merge": "Write a model with adapters in its weights, or several adapters as one.",
+    "concepts": "Make one file of several trainings of Custom Diffusion.",
 }
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"train {command}".strip(), description=SAYS[command])
-    parser.add_argument("--config", required=True, metavar="FILE.toml", help="the recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one value")
+    if command in MERGES:
+        parser.add_argument("--model", default="builtin", metavar="FOLDER", help='"builtin" or a folder')
+    if command == "concepts":
+        parser.add_argument("--concept", action="append", default=[], metavar="FOLDER=CAPTION", help="an export; two or more")
+        parser.add_argument("--captions", required=True, metavar="FILE.txt", help="on which the least changes, one a line")
+        parser.add_argument("--ridge", type=float, default=0.0, help="above 0 where captions are few")
+    elif command == "merge":
+        parser.add_argument("--lora", action="append", default=[], metavar="FILE[:scale]", help="an adapter; any number")
+        parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of what is written")
+    else:
+        parser.add_argument("--config", required=True, metavar="FILE.toml", help="the recipe")
+        parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="override one value")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if not command:
         parser.add_argument("--allow-changed", action="store_true", help="go on although the recipe or the data changed")
     if command == "average":
         parser.add_argument("--width", type=float, required=True, help="sigma_rel of the average, 0 to 0.288")
         parser.add_argument("--step", type=int, help="after so many steps (all of them)")
-        parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where the model goes")
+    if command in ("average", *MERGES):
+        parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where it goes")
     return parser
 
 
@@ -80,6 +97,26 @@ def _average(tables: dict[str, Any], args: argparse.Namespace) -> int:
         task.export(net, temp)
     print(f"exported to {args.output}")
     return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from train.merge import merge
+
+    for words in merge(args.model, args.lora, Path(args.output), args.dtype):
+        print(words, file=sys.stderr)
+    print(f"merged into {args.output}")
+    return 0
+
+
+def _concepts(args: argparse.Namespace) -> int:
+    from train.concepts import concepts
+
+    for words in concepts(args.model, args.concept, args.captions, Path(args.output), args.ridge):
+        print(f"use it with {words}")
+    return 0
+
+
+MERGES = {"merge": _merge, "concepts": _concepts}  # what takes no recipe
 
 
 def _check(tables: dict[str, Any], where: str) -> int:

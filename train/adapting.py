@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_pipe.errors import UsageError
+from train.deltas import Delta
 from train.objectives.denoiser import DenoiserLoss
 
 
@@ -42,7 +43,7 @@ class Low(nn.Module):
 
     def __init__(self, layer: Any, rank: int, alpha: float) -> None:
         super().__init__()
-        self.alpha, self.scale = alpha, alpha / rank
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.place: Any = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
         self.down = nn.Parameter(torch.empty(rank, *layer.weight.shape[1:]))
         self.up = nn.Parameter(torch.zeros(len(layer.weight), rank, *((1, 1) if self.place else ())))
@@ -53,6 +54,10 @@ class Low(nn.Module):
         if self.place is None:
             return F.linear(F.linear(x, self.down), self.up) * self.scale
         return F.conv2d(F.conv2d(x, self.down, None, *self.place), self.up) * self.scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, by the names of `lora_names.LEAVES`."""
+        return {"down": self.down, "up": self.up}
 
     def beside(self, layer: nn.Module) -> Any:
         """Add this branch to a layer's output; the handle takes it off."""
@@ -83,9 +88,11 @@ class Shape:
 
     rank, alpha: of every branch, where its entry says nothing else (alpha 0: the rank). layers: which layers of the network
     get one, each entry a pattern of names with *, "PATTERN=RANK" or "PATTERN=RANK/ALPHA"; the first that matches counts.
-    text_layers: the same of the text encoder.
+    text_layers: the same of the text encoder. kind: what a branch is (train/deltas.py); of oft the rank, one for all, is the
+    side of the blocks that turn, and there is no alpha.
     """
 
+    kind: Literal["lora", "dora", "loha", "lokr", "oft"] = "lora"
     rank: int = 4
     alpha: float = 0.0
     layers: tuple[str, ...] = ("*attn*.to_q", "*attn*.to_k", "*attn*.to_v", "*attn*.to_out.0")
@@ -96,6 +103,8 @@ class Shape:
             raise UsageError(f"lora.rank is {self.rank}; it takes 1 or more")
         for entry in (*self.layers, *self.text_layers):
             self._entry(entry)
+        if self.kind == "oft" and (self.alpha or any("=" in text for text in (*self.layers, *self.text_layers))):
+            raise UsageError("lora: oft takes one rank for every layer, and no alpha; leave out alpha and every =RANK")
 
     def _entry(self, text: str) -> tuple[str, int, float]:
         """(pattern, rank, alpha) of an entry."""
@@ -110,7 +119,7 @@ class Shape:
             raise UsageError(f"lora: {text!r} is not of the form PATTERN, PATTERN=RANK or PATTERN=RANK/ALPHA, numbers above 0")
         return pattern, found, own
 
-    def branches(self, network: nn.Module, patterns: tuple[str, ...]) -> dict[str, Low]:
+    def branches(self, network: nn.Module, patterns: tuple[str, ...]) -> dict[str, Low | Delta]:
         """A branch for every layer that matches, by its name. Raises UsageError on a pattern that matches none."""
         entries = [self._entry(text) for text in patterns]
         layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
@@ -119,11 +128,19 @@ class Shape:
                 raise UsageError(
                     f"lora: {pattern!r} matches no layer of {type(network).__name__}, such as {next(iter(layers), '')!r}"
                 )
-        found = {}
+        found: dict[str, Low | Delta] = {}
         for name, layer in layers.items():
             entry = next((e for e in entries if fnmatch.fnmatchcase(name, e[0])), None)
             if entry is not None:
                 if getattr(layer, "groups", 1) != 1:
                     raise UsageError(f"lora: {name!r} is a convolution in groups, which has no low-rank branch here")
-                found[name] = Low(layer, entry[1], entry[2])
+                found[name] = self._branch(name, layer, entry[1], entry[2])
         return found
+
+    def _branch(self, name: str, layer: nn.Module, rank: int, alpha: float) -> Low | Delta:
+        if self.kind == "lora":
+            return Low(layer, rank, alpha)
+        try:
+            return Delta(self.kind, layer, rank, alpha)
+        except UsageError as error:
+            raise UsageError(f"lora: {name!r}: {error}") from error

@@ -15,13 +15,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldm_pipe.errors import NumericalError, UsageError
+from ldm_pipe import memory
+from ldm_pipe.errors import EnvironmentFault, NumericalError, UsageError
 from train import checkpoint, optimisers, report, scale, trackers
 from train.batches import batches, parts_of, worker_fault
 from train.facts import defaults, facts
 from train.job import Batch, Job, Task
 from train.log import Log
 from train.post_hoc import PowerAverage
+from train.room import ran_out
 from train.safety import Signals, Stopped, not_finite, only_run
 
 MOST_FAULTS = 3  # steps in a row that may be skipped
@@ -94,7 +96,12 @@ class _Loop:
     def _one(self, batch: Batch) -> Outcome:
         for group in self.optimiser.param_groups:
             group["lr"] = self.job.rate(self.step)
-        losses, fault = self._backward(batch)
+        try:
+            losses, fault = self._backward(batch, self.job.accumulate)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.exhausted(error):
+                raise
+            raise self._ran_out(batch, error) from None
         norm = scale.whole(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.job.clip))
         scaler = self.accelerator.scaler
         if not fault and not torch.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
@@ -121,9 +128,15 @@ class _Loop:
             self.log.step(self.step, outcome.losses)
         return outcome
 
-    def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], str]:
+    def _ran_out(self, batch: Batch, error: BaseException) -> EnvironmentFault:
+        error.__traceback__ = None  # its frames hold what did not fit
+        self.optimiser.zero_grad(set_to_none=True)
+        alone = self.accelerator.num_processes == 1  # others would wait for this one
+        return ran_out(self.job, self.step, (lambda parts: self._backward(batch, parts)) if alone else None)
+
+    def _backward(self, batch: Batch, accumulate: int) -> tuple[dict[str, Tensor], str]:
         """The gradients of a batch: its losses averaged over the parts, and the first fault."""
-        parts = parts_of(batch, self.job.accumulate)
+        parts = parts_of(batch, accumulate)
         rows: list[dict[str, Tensor]] = []
         fault = ""
         for i, part in enumerate(parts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from ldm_pipe import Cond, Pipeline, UsageError, load
 from train.__main__ import main
 from train.data.precomputed import pixels
-from train.job import Job
 from train.loop import run
 from train.tasks.concat import Concat, box
 from train.tasks.finetune import Finetune
@@ -26,14 +24,8 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(4):
-        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        Image.fromarray(255 - pixels).save(folder / f"{i}.condition.png")
-        (folder / f"{i}.txt").write_text("a fox on red")
-    return folder
+def photos(pictures: Callable[..., Path]) -> Path:
+    return pictures(("a fox on red",), beside=True)
 
 
 @pytest.fixture
@@ -43,10 +35,6 @@ def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[
         return Concat(table, str(fields.pop("model", tiny("eps"))), kind=kind, **fields)
 
     return task
-
-
-def job(folder: Path, **changes: Any) -> Job:
-    return replace(Job(str(folder), 4, batch=2, lr=1e-2, warmup=1, ema=0.5, log_every=1, save_every=2), **changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +53,7 @@ def test_it_begins_as_the_model_it_was_made_of(make: Any, tiny: Any, kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_resumes_to_the_bit_and_is_fed_by_a_picture(make: Any, tmp_path: Path, photos: Path, kind: str) -> None:
+def test_it_resumes_to_the_bit_and_is_fed_by_a_picture(make: Any, tmp_path: Path, photos: Path, kind: str, job: Any) -> None:
     straight = run(make(kind), job(tmp_path / "a"))
     for stop in (3, 0):
         again = run(make(kind), job(tmp_path / "b", stop=stop))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ldm_pipe import Pipeline, UsageError, load
 from ldm_pipe.doors.controls import Controls
 from train.__main__ import main
 from train.hints import edges
-from train.job import Job
 from train.loop import run
 from train.tasks.controlnet import ControlNet
 
@@ -46,10 +44,6 @@ def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[
     return task
 
 
-def job(folder: Path, **changes: Any) -> Job:
-    return replace(Job(str(folder), 4, batch=2, lr=1e-2, warmup=1, ema=0.5, log_every=1, save_every=2), **changes)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_0_changes_no_bit_and_the_model_has_no_gradient(make: Any, tiny: Any, kind: str) -> None:
     task = make(kind).grouped(2)
@@ -72,7 +66,7 @@ def test_step_0_changes_no_bit_and_the_model_has_no_gradient(make: Any, tiny: An
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_learns_resumes_to_the_bit_and_steers(make: Any, tiny: Any, tmp_path: Path, kind: str) -> None:
+def test_it_learns_resumes_to_the_bit_and_steers(make: Any, tiny: Any, tmp_path: Path, kind: str, job: Any) -> None:
     straight = run(make(kind), job(tmp_path / "a"))
     for stop in (3, 0):
         again = run(make(kind), job(tmp_path / "b", stop=stop))
@@ -152,8 +146,9 @@ def test_hints_are_given_or_edges(make: Any, photos: Path, tiny: Any) -> None:
     assert net is not None
 
 
-def test_the_recipe_runs_from_the_command_line(photos: Path, tiny: Any, tmp_path: Path) -> None:
-    words = ["--config", "configs/controlnet.toml", "--set", f"data.path={photos}", "--set", f"task.model={tiny('v')}"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_runs_from_the_command_line(photos: Path, tiny: Any, tmp_path: Path, kind: str) -> None:
+    words = ["--config", f"configs/{kind}.toml", "--set", f"data.path={photos}", "--set", f"task.model={tiny('v')}"]
     words += ["--set", f"data.cache={tmp_path / 'cache'}", "--set", f"job.output={tmp_path / 'run'}"]
     words += ["--set", "job.steps=2", "--set", "job.batch=2", "--set", "task.hint=edges"]
     assert main(["check", *words]) == 0

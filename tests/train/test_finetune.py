@@ -21,7 +21,6 @@ from ldm_pipe.loading import BUILTIN, load
 from train import gradient_checkpointing
 from train.__main__ import main
 from train.data.dataset import Data
-from train.job import Job
 from train.loop import run
 from train.tasks.finetune import Finetune, shape_of
 
@@ -51,12 +50,8 @@ def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[
     return task
 
 
-def job(folder: Path, **changes: Any) -> Job:
-    return replace(Job(str(folder), 4, batch=2, lr=1e-2, warmup=1, ema=0.5, log_every=1, save_every=2), **changes)
-
-
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
-def test_the_export_is_the_model_with_other_weights(make: Any, tiny: Any, tmp_path: Path, prediction: str) -> None:
+def test_the_export_is_the_model_with_other_weights(make: Any, tiny: Any, tmp_path: Path, prediction: str, job: Any) -> None:
     folder = run(make(prediction), job(tmp_path / "run"))
     old, new = load(tiny(prediction)), load(folder)
     assert (new.model.path, new.model.prediction) == (old.model.path, old.model.prediction)
@@ -70,21 +65,21 @@ def test_the_export_is_the_model_with_other_weights(make: Any, tiny: Any, tmp_pa
 
 
 @pytest.mark.parametrize("data", [{}, {"cache": ""}, {"crop": "random", "flip": True, "variants": 2}])
-def test_resuming_is_bit_identical(make: Any, tmp_path: Path, data: dict[str, Any]) -> None:
+def test_resuming_is_bit_identical(make: Any, tmp_path: Path, data: dict[str, Any], job: Any) -> None:
     straight = run(make(data=data), job(tmp_path / "a"))
     for stop in (1, 3, 0):
         again = run(make(data=data), job(tmp_path / "b", stop=stop, workers=2 if stop == 3 else 0))
     assert (straight / UNET).read_bytes() == (again / UNET).read_bytes()
 
 
-def test_the_cache_gives_the_same_losses_as_encoding(make: Any, tmp_path: Path) -> None:
+def test_the_cache_gives_the_same_losses_as_encoding(make: Any, tmp_path: Path, job: Any) -> None:
     for name, data in [("cached", {"half": False}), ("live", {"cache": ""})]:
         run(make(data=data), job(tmp_path / name))
     rows = [[json.loads(x)["loss"] for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("cached", "live")]
     assert np.allclose(rows[0], rows[1], rtol=1e-4)
 
 
-def test_the_text_encoder_learns_only_where_it_is_asked_to(make: Any, tiny: Any, tmp_path: Path) -> None:
+def test_the_text_encoder_learns_only_where_it_is_asked_to(make: Any, tiny: Any, tmp_path: Path, job: Any) -> None:
     folder = run(make(train_text=True, train_network=False), job(tmp_path / "run"))
     old, new = load_file(tiny("eps") / TEXT), load_file(folder / TEXT)
     assert old.keys() == new.keys()
@@ -95,7 +90,7 @@ def test_the_text_encoder_learns_only_where_it_is_asked_to(make: Any, tiny: Any,
         make(train_network=False)
 
 
-def test_it_learns_what_it_is_shown(make: Any, tmp_path: Path) -> None:
+def test_it_learns_what_it_is_shown(make: Any, tmp_path: Path, job: Any) -> None:
     task = make("flow", held_out=2, log_variance=True)
     run(task, job(tmp_path / "run", steps=60, validate_every=60, lr=3e-3))
     lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -148,7 +143,7 @@ def test_a_changed_codec_or_picture_is_encoded_anew(make: Any, photos: Path, tin
     assert count() == 28
 
 
-def test_changed_data_is_named_on_resume(make: Any, photos: Path, tmp_path: Path) -> None:
+def test_changed_data_is_named_on_resume(make: Any, photos: Path, tmp_path: Path, job: Any) -> None:
     mine = shutil.copytree(photos, tmp_path / "mine")
     run(make(data={"path": str(mine)}), job(tmp_path / "run", stop=2))
     (mine / "3.txt").write_text("a bear on red")
@@ -168,7 +163,7 @@ def test_checkpointed_blocks_give_the_same_gradients(make: Any) -> None:
         gradient_checkpointing.use(torch.nn.Linear(1, 1))
 
 
-def test_repa_aligns_a_site_with_a_frozen_encoder_and_leaves_no_trace(make: Any, tmp_path: Path) -> None:
+def test_repa_aligns_a_site_with_a_frozen_encoder_and_leaves_no_trace(make: Any, tmp_path: Path, job: Any) -> None:
     clip = str(BUILTIN / "clip")
     site = "unet.mid_block.resnets.0"
     for name, repa in [("with", {"encoder": clip, "site": site, "weight": 1.0}), ("without", {})]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm_pipe import Cond, Pipeline, UsageError, adapted, load
+from ldm_pipe import Pipeline, UsageError, adapted, load
 from train.__main__ import main
+from train.adapter_files import DIFFUSERS as PEFT
+from train.adapter_files import KOHYA
 from train.adapting import Shape
-from train.job import Job
 from train.loop import run
-from train.tasks.lora import KOHYA, PEFT, Lora
+from train.tasks.lora import Lora
 
 MIXED = {
     "rank": 3,
@@ -29,13 +27,8 @@ MIXED = {
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(4):
-        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text("a fox on red" if i % 2 else "an owl on blue")
-    return folder
+def photos(pictures: Callable[..., Path]) -> Path:
+    return pictures(("an owl on blue", "a fox on red"))
 
 
 @pytest.fixture
@@ -47,22 +40,11 @@ def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[
     return task
 
 
-def job(folder: Path, **changes: Any) -> Job:
-    return replace(Job(str(folder), 4, batch=2, lr=1e-2, warmup=1, ema=0.5, log_every=1, save_every=2), **changes)
-
-
-def seen(model: Any) -> Tensor:
-    g = torch.Generator().manual_seed(1)
-    x, tokens = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 8, 16, generator=g)
-    with torch.no_grad():
-        return model.network(x, torch.tensor([500, 20]), Cond(tokens=tokens))
-
-
 def said(text: Any) -> Tensor:
     return text(["a fox on red"]).tokens
 
 
-def test_step_0_changes_no_bit_and_only_branches_have_gradients(make: Any, tiny: Any) -> None:
+def test_step_0_changes_no_bit_and_only_branches_have_gradients(make: Any, tiny: Any, seen: Any) -> None:
     task = make(train_text=True).grouped(2)
     plain = load(tiny("eps"))
     net = task.net()
@@ -81,7 +63,7 @@ def test_step_0_changes_no_bit_and_only_branches_have_gradients(make: Any, tiny:
     assert not any("conv2" in n for n in shapes)
 
 
-def test_the_export_is_what_was_trained_in_both_layouts(make: Any, tiny: Any, tmp_path: Path) -> None:
+def test_the_export_is_what_was_trained_in_both_layouts(make: Any, tiny: Any, tmp_path: Path, seen: Any) -> None:
     task, folder = make(train_text=True).grouped(2), tmp_path
     net, plain = task.net(), Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
     optimiser = torch.optim.AdamW(net.parameters(), 0.1)
@@ -110,7 +92,9 @@ def test_the_export_is_what_was_trained_in_both_layouts(make: Any, tiny: Any, tm
 
 
 @pytest.mark.parametrize("more", [{}, {"train_text": True, "log_variance": True}])
-def test_resuming_is_bit_identical_and_checkpoints_hold_branches_alone(make: Any, tmp_path: Path, more: dict[str, Any]) -> None:
+def test_resuming_is_bit_identical_and_checkpoints_hold_branches_alone(
+    make: Any, tmp_path: Path, more: dict[str, Any], job: Any
+) -> None:
     straight = run(make(**more), job(tmp_path / "a"))
     for stop in (1, 3, 0):
         again = run(make(**more), job(tmp_path / "b", stop=stop))
@@ -119,6 +103,8 @@ def test_resuming_is_bit_identical_and_checkpoints_hold_branches_alone(make: Any
     assert all(n.startswith(("branches.", "uncertainty.")) for n in held)
     with pytest.raises(UsageError, match=r"task.lora.rank was 3 when this run began and is 4 now"):
         run(make(**more, lora={**MIXED, "rank": 4}), job(tmp_path / "b"))
+    with pytest.raises(UsageError, match=r"step-\d+ is of another network: size mismatch .* give another job.output"):
+        run(make(**more, lora={**MIXED, "rank": 4}), job(tmp_path / "b"), allow_changed=True)
 
 
 def test_it_learns_and_checkpointed_blocks_learn_the_same(make: Any, tmp_path: Path) -> None:
@@ -142,7 +128,7 @@ def test_it_learns_and_checkpointed_blocks_learn_the_same(make: Any, tmp_path: P
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_network_alone_or_twice(make: Any) -> None:
+def test_the_network_alone_or_twice(make: Any, seen: Any) -> None:
     """A second net of one task takes the place of the first."""
     task = make()
     first, second = task.net(), task.net()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm_pipe import Cond, Pipeline, UsageError, adapted, load
+from ldm_pipe import Pipeline, UsageError, adapted, load
 from train.__main__ import main
-from train.job import Job
+from train.adapter_files import DIFFUSERS as PEFT
 from train.loop import run
 from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion, merged
 from train.tasks.dreambooth import Dreambooth
-from train.tasks.lora import PEFT
 from train.tasks.textual_inversion import A1111, DIFFUSERS, TextualInversion
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(pictures: Callable[..., Path]) -> Path:
     """Four pictures without captions."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(4):
-        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+    return pictures()
 
 
 @pytest.fixture
@@ -46,17 +40,6 @@ def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[
         return kind(table, str(tiny("eps")), **{**usual[kind], **fields})
 
     return task
-
-
-def job(folder: Path, **changes: Any) -> Job:
-    return replace(Job(str(folder), 4, batch=2, lr=1e-2, warmup=1, ema=0.5, log_every=1, save_every=2), **changes)
-
-
-def seen(model: Any) -> Tensor:
-    g = torch.Generator().manual_seed(1)
-    x, tokens = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 8, 16, generator=g)
-    with torch.no_grad():
-        return model.network(x, torch.tensor([500, 20]), Cond(tokens=tokens))
 
 
 def taught(task: Any, steps: int = 3) -> Any:
@@ -99,7 +82,7 @@ def test_only_the_new_rows_move_and_the_files_give_them_back(make: Any, tiny: An
         assert not torch.allclose(mine.bundle.text(["a <toy> on red"]).tokens, before, atol=1e-3)
 
 
-def test_a_word_resumes_to_the_bit_and_says_what_is_wrong(make: Any, tmp_path: Path) -> None:
+def test_a_word_resumes_to_the_bit_and_says_what_is_wrong(make: Any, tmp_path: Path, seen: Any, job: Any) -> None:
     straight = run(make(TextualInversion), job(tmp_path / "a"))
     for stop in (3, 0):
         again = run(make(TextualInversion), job(tmp_path / "b", stop=stop))
@@ -136,7 +119,7 @@ def test_the_loss_is_the_subjects_plus_the_priors(make: Any) -> None:
     assert not torch.allclose(own, prior, rtol=1e-2)
 
 
-def test_the_prior_is_drawn_once_by_the_model_itself(make: Any, tiny: Any, tmp_path: Path) -> None:
+def test_the_prior_is_drawn_once_by_the_model_itself(make: Any, tiny: Any, tmp_path: Path, job: Any) -> None:
     task = make(Dreambooth)
     task.net()
     folder = next((tmp_path / "cache").glob("prior-*"))
@@ -153,7 +136,7 @@ def test_the_prior_is_drawn_once_by_the_model_itself(make: Any, tiny: Any, tmp_p
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_it_resumes_to_the_bit_and_exports_branches_or_all(make: Any, tiny: Any, tmp_path: Path, full: bool) -> None:
+def test_it_resumes_to_the_bit_and_exports_branches_or_all(make: Any, tiny: Any, tmp_path: Path, full: bool, job: Any) -> None:
     straight = run(make(Dreambooth, full=full), job(tmp_path / "a"))
     for stop in (3, 0):
         again = run(make(Dreambooth, full=full), job(tmp_path / "b", stop=stop))
@@ -166,7 +149,7 @@ def test_it_resumes_to_the_bit_and_exports_branches_or_all(make: Any, tiny: Any,
 # --- Custom Diffusion
 
 
-def test_keys_values_and_the_word_learn_and_nothing_else(make: Any, tiny: Any, tmp_path: Path) -> None:
+def test_keys_values_and_the_word_learn_and_nothing_else(make: Any, tiny: Any, tmp_path: Path, seen: Any) -> None:
     task = make(CustomDiffusion).grouped(2)
     plain = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
     net = task.net()

@@ -73,6 +73,7 @@ def _buckets(found: dict[str, Size], sizes: Sequence[Size], batch: int) -> list[
             faults.append(Fault(name, f"is {size[0]}x{size[1]} and is enlarged {scale:.2g} times", fatal=False))
     for (w, h), count in sorted(Counter(chosen.values()).items()):
         if count < batch:
-            words = f"has {count} picture(s) and a step takes {batch}: they are seen several times in one step"
+            words = f"has {count} picture(s) and a step takes {batch}: they are seen several times in one step; a smaller "
+            words += "job.batch, data.buckets = false or more pictures avoid that"
             faults.append(Fault(f"bucket {w}x{h}", words, fatal=False))
     return faults

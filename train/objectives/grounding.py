@@ -8,9 +8,9 @@ alone the attention of the built-in model's U-Net stayed at chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ def watching(network: nn.Module) -> Iterator[list[Maps]]:
     for name, module in network.named_modules():
         if name.endswith("attn2"):
             keys = _keeper(seen, asked, module.heads)
-            handles += [module.to_q.register_forward_hook(lambda m, i, out: asked.append(out))]
-            handles += [module.to_k.register_forward_hook(keys)]
+            queries = module.to_q.register_forward_hook(lambda module, args, out: asked.append(out))
+            handles += [queries, module.to_k.register_forward_hook(keys)]
     try:
         yield seen
     finally:
@@ -50,7 +50,8 @@ def watching(network: nn.Module) -> Iterator[list[Maps]]:
             handle.remove()
 
 
-def _keeper(seen: list[Maps], asked: list[Tensor], heads: int):  # type: ignore[no-untyped-def]
+def _keeper(seen: list[Maps], asked: list[Tensor], heads: int) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A hook behind an attention's keys, which come after its queries."""
     return lambda module, args, out: seen.append(Maps(asked.pop(), out, heads))
 
 

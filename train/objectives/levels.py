@@ -33,10 +33,21 @@ class Uniform:
 
     def __call__(self, normal: Tensor, path: Path) -> Level:
         """Levels of uniform times."""
-        part = torch.special.ndtr(normal.double()).tolist()
-        if path.discrete:
-            return _stacked([path.level(min(math.floor(p * (path.last + 1)), path.last)) for p in part], normal)
-        return _stacked([path.level(path.first + p * (path.last - path.first)) for p in part], normal)
+        return _by_clock(torch.special.ndtr(normal.double()), normal, path)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """Times (1 - q^3) of the path's own clock for uniform q: half of the visits are in the noisiest eighth, where the layout
+    of a picture is settled.
+
+    T2I-Adapter: Learning Adapters to Dig out More Controllable Ability for Text-to-Image Diffusion Models, Mou et al. 2023,
+    arXiv 2302.08453, section 3.3 and its figure of sampling strategies.
+    """
+
+    def __call__(self, normal: Tensor, path: Path) -> Level:
+        """Levels of those times."""
+        return _by_clock(1 - torch.special.ndtr(-normal.double()) ** 3, normal, path)  # q falls in the draw
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,7 @@ class LogNormal:
 
 LEVELS: dict[str, type] = {
     "uniform": Uniform, "logit_normal": LogitNormal, "mode": Mode, "beta": Beta, "log_normal": LogNormal,
+    "cubic": Cubic,
 }  # fmt: skip
 
 
@@ -124,6 +136,13 @@ def _at(u: Tensor, path: Path) -> Level:
         return _stacked([path.level(round(t)) for t in times], u)
     column = u[:, None, None, None]
     return Level(1 - column, column)
+
+
+def _by_clock(part: Tensor, like: Tensor, path: Path) -> Level:
+    """The levels at parts 0..1 of the path's clock: whole entries of a table, all as often where parts are uniform."""
+    if path.discrete:
+        return _stacked([path.level(min(math.floor(p * (path.last + 1)), path.last)) for p in part.tolist()], like)
+    return _stacked([path.level(path.first + p * (path.last - path.first)) for p in part.tolist()], like)
 
 
 def _stacked(levels: list[Level], like: Tensor) -> Level:

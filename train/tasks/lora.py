@@ -1,29 +1,26 @@
-"""LoRA: low-rank branches of a frozen model learn from a folder of pictures.
+"""LoRA and its relatives: small branches of a frozen model learn from a folder of pictures.
 
-Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv 2106.09685. The export is a file of a few megabytes in two
-layouts: diffusers' with peft's metadata, and kohya's. Both load with `generate --lora FILE`.
+Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv 2106.09685. The export is a few megabytes in the layouts of
+train/adapter_files.py. All load with `generate --lora FILE`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ldm_pipe import lora, strict
 from ldm_pipe.errors import UsageError
 from ldm_pipe.lora_names import NETWORK
-from train.adapting import Around, Low, Shape
+from train import adapter_files
+from train.adapting import Around, Shape
 from train.data.dataset import Data
 from train.tasks.finetune import Finetune
-
-PEFT, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 
 
 class Adapting(Finetune):
@@ -82,28 +79,7 @@ class Lora(Adapting):
         return found
 
     def export(self, net: Any, folder: Path) -> None:
-        """The branches in both layouts."""
-        named = {name.replace("-", "."): branch for name, branch in net.branches.items() if isinstance(branch, Low)}
-        write(named, "transformer" if hasattr(self.bundle.model.network, "transformer") else "unet", folder)
-
-
-def write(branches: Mapping[str, Low], network: str, folder: Path) -> None:
-    """Branches by "part.layer" as the two files. network: what diffusers calls the network, "unet" or "transformer"."""
-    peft, kohya, said = dict[str, Tensor](), dict[str, Tensor](), dict[str, Any]()
-    alpha = next(iter(branches.values())).alpha  # one for the whole file: diffusers misreads a mixture in kohya's layout
-    for name, branch in branches.items():
-        part, _, layer = name.partition(".")
-        head = network if part == NETWORK else part
-        down, up = (t.detach().cpu().contiguous().clone() for t in (branch.down, branch.up))
-        dotted = f"{head}.{layer}" if part == NETWORK else f"{head}.text_model.{layer}"
-        peft |= {f"{dotted}.lora_A.weight": down, f"{dotted}.lora_B.weight": up}
-        flat = ("lora_unet_" if part == NETWORK else "lora_te_text_model_") + layer.replace(".", "_")
-        kohya |= {f"{flat}.lora_down.weight": down.clone(), f"{flat}.lora_up.weight": up * (branch.alpha / alpha)}
-        kohya[f"{flat}.alpha"] = down.new_tensor(alpha)
-        said.setdefault(f"{head}.r", len(down))
-        said.setdefault(f"{head}.lora_alpha", branch.alpha)
-        said.setdefault(f"{head}.target_modules", []).append(layer)
-        said.setdefault(f"{head}.rank_pattern", {})[layer] = len(down)
-        said.setdefault(f"{head}.alpha_pattern", {})[layer] = branch.alpha
-    save_file(peft, folder / PEFT, metadata={lora.METADATA: json.dumps(said)})  # one entry: of several the order is random
-    save_file(kohya, folder / KOHYA, metadata={"ss_network_module": "networks.lora"})
+        """The branches in every layout that holds their kind."""
+        named = {name.replace("-", "."): branch for name, branch in net.branches.items()}
+        name = "transformer" if hasattr(self.bundle.model.network, "transformer") else "unet"
+        adapter_files.write(named, self.shape.kind, (name, lora.parts(self.bundle)[NETWORK]), folder)

@@ -302,7 +302,7 @@ def test_check_lists_every_fault_at_once(tmp_path: Path) -> None:
     assert any(f.where == "p5.png" and "'p4.png'" in f.words for f in faults)
     assert "2 token(s)" in text["p5.txt"]
     assert "without a picture" in text["stray.txt"]
-    assert "several times in one step" in text["bucket 32x32"]
+    assert "several times in one step; a smaller job.batch" in text["bucket 32x32"]
     assert sum("enlarged 2 times" in f.words for f in faults) == 5
     fatal = {f.where for f in faults if f.fatal}
     assert fatal == {"p0.txt", "p1.txt", "p2.txt", "p2.txt:1", "p3.png"}

@@ -1,4 +1,4 @@
-"""Grounding: attention to the right tokens costs nothing, to the wrong ones its cross-entropy; the network is left as it was."""
+"""Grounding: attention to the right tokens is free, to the wrong ones it costs its cross-entropy; the network stays as it was."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
+from ldm_pipe.level import Level
 from ldm_pipe.path import EDM, VP, Flow
-from train.objectives.levels import LEVELS, Beta, Levels, LogitNormal, LogNormal, Mode, Uniform
+from train.objectives.levels import LEVELS, Beta, Cubic, Levels, LogitNormal, LogNormal, Mode, Uniform
 
 COUNT = 4000
 # Standard normal draws at the quantiles: a distribution is then met without sampling error.
@@ -56,6 +57,16 @@ def test_mode_has_the_density_of_its_inverse(scale: float) -> None:
         return 1 - low
 
     expect(Mode(scale), cdf)
+
+
+def test_cubic_is_one_minus_the_cube_of_a_uniform_time() -> None:
+    """P(time < u) = 1 - (1 - u)^(1/3), on the flow path and in the counts of a table's entries."""
+    expect(Cubic(), lambda u: 1 - np.cbrt(1 - u))
+    level = Cubic()(NORMAL, TABLE)
+    times = np.array([TABLE.time(Level(float(a), float(s))) for a, s in zip(level.alpha, level.sigma, strict=True)])
+    for share in (0.2, 0.5, 0.9):
+        assert (times < share * 1000 - 0.5).mean() == pytest.approx(1 - (1 - share) ** (1 / 3), abs=2e-3)
+    assert (times >= 874.5).mean() == pytest.approx(0.5, abs=2e-3)
 
 
 def test_mode_favours_the_middle() -> None:

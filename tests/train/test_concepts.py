@@ -1,0 +1,87 @@
+"""`train concepts`: with both words known, each concept's own tokens meet its own keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_pipe import Pipeline, adapted, lora
+from train.__main__ import main
+from train.concepts import of_captions, of_word
+from train.loop import run
+from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion
+from train.tasks.textual_inversion import DIFFUSERS
+
+CAPTIONS = ["a fox on red", "an owl on blue", "a cat", "two dogs on green", "an owl", "a red fox", "a dog", "the cat on blue"]
+
+
+@pytest.fixture(scope="module")
+def exports(pictures: Any, tiny: Callable[[str], Path], job: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder, photos = tmp_path_factory.mktemp("concepts"), pictures()
+    found = []
+    for word, kind in (("<toy>", "fox"), ("<pet>", "owl")):
+        table = {"path": str(photos), "cache": str(folder / "cache"), "buckets": False}
+        task = CustomDiffusion(table, str(tiny("eps")), instance=f"a {word} {kind}", word=word, begin=kind, prior="")
+        found.append(run(task, job(folder / kind, lr=0.05, seed=len(found))))
+    return found
+
+
+def test_each_word_meets_its_own_weights(exports: list[Path], tiny: Any, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    file, given = tmp_path / "both.safetensors", [f"{exports[0]}=a <toy> fox", f"{exports[1]}=a <pet> owl"]
+    words = [w for text in given for w in ("--concept", text)]
+    more = ["--model", str(tiny("eps")), "--captions", str(tmp_path / "captions.txt"), "-o", str(file)]
+    more += ["--ridge", "1e-3"]  # features of an untrained text encoder add up to 0: one width is missing
+    assert main(["concepts", *words, *more]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert f"--lora {file}" in said
+    assert said.count(DIFFUSERS) == 2
+    plain = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
+    learned = [str(e / DIFFUSERS) for e in exports]
+    both = adapted(plain, [str(file)], learned).bundle
+    before, after = (lora.parts(b)["network"] for b in (plain.bundle, both))
+    layers = [n for n, _ in before.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert len(load_file(file)) == len(layers) > 3
+    regular = of_captions(both, CAPTIONS).double()
+    assert len(regular) == sum(len(c.split()) + 2 for c in CAPTIONS)
+    for export, word, caption in zip(exports, ("<toy>", "<pet>"), ("a <toy> fox", "a <pet> owl"), strict=True):
+        own = lora.parts(adapted(plain, [str(export / DIFFERENCES)]).bundle)["network"]
+        tokens = of_word(both, word, caption)
+        assert len(tokens) == 2  # the word and its class
+        assert torch.allclose(tokens, both.text([caption]).tokens[0, 2:4])
+        for layer in layers:
+            weights: list[Any] = [m.get_submodule(layer).weight for m in (after, own, before)]
+            new, wanted, old = (tokens @ w.T for w in weights)
+            assert torch.allclose(new, wanted, atol=1e-4)
+            assert not torch.allclose(new, old, atol=1e-3)
+            kept, lost = ((regular @ (w - weights[2]).double().T).square().mean() for w in (weights[0], weights[1]))
+            assert kept < 4 * lost  # what the captions say changes about as little as in one training
+
+
+def test_what_is_missing_is_one_line(exports: list[Path], tiny: Any, tmp_path: Path, capsys: Any) -> None:
+    captions, empty = tmp_path / "captions.txt", tmp_path / "empty.txt"
+    captions.write_text("a fox\n")
+    empty.write_text("\n")
+    good = [f"{exports[0]}=a <toy> fox", f"{exports[1]}=a <pet> owl"]
+    for given, file, said in (
+        (good[:1], captions, "takes two --concept"),
+        ([*good[:1], str(exports[1])], captions, "takes two --concept"),
+        ([*good[:1], f"{tmp_path}=a <pet>"], captions, f"has no {DIFFERENCES}"),
+        ([*good[:1], f"{exports[1]}=an owl"], captions, "does not hold the word '<pet>'"),
+        ([*good[:1], f"{exports[0]}=a <toy>"], captions, "'<toy>' is a token of the model already"),
+        (good, captions, "give more captions, or a ridge above 0"),
+        (good, empty, "holds no caption"),
+        (good, tmp_path / "none.txt", "cannot be read"),
+    ):
+        words = [w for text in given for w in ("--concept", text)]
+        more = ["--model", str(tiny("eps")), "--captions", str(file), "-o", str(tmp_path / "new.safetensors")]
+        assert main(["concepts", *words, *more]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert len(err.splitlines()) == 1
+        assert not (tmp_path / "new.safetensors").exists()
