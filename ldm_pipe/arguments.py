@@ -128,8 +128,8 @@ def _of_the_network(add: Add) -> None:
         action="append",
         metavar="FOLDER",
         help="a ControlNet or T2I-Adapter in diffusers' layout, or "
-        '"ip_adapter(FILE, image_encoder=FOLDER)"; may be given several times (--set control.lo=0.3: while the noise u is '
-        "above; control.guess=true; control.prepare=canny; control.mode=2 for a union network of Flux)",
+        '"ip_adapter(FILE, image_encoder=FOLDER, mask=FILE, face=FILE)"; may be given several times (--set control.lo=0.3: '
+        "while the noise u is above; control.guess=true; control.prepare=canny; control.mode=depth for a union network)",
     )
     add("--control-image", action="append", metavar="FILE", help="with --control: the picture that it reads, one for each")
     add("--control-scale", action="append", metavar="X", help="with --control: how strongly it acts, one for each (default: 1)")
@@ -170,7 +170,8 @@ def _of_the_run(add: Add) -> None:
     )
     add("--allow-partial", action="store_true", help="load a model whose files lack tensors, or hold others, and say which")
     add("--tokenizer", metavar="FOLDER", help="of T5, for a single file of SD3 or Flux, which cannot bring it")
-    add("--text-encoder", metavar="FOLDER", help="T5, or a model folder that has whatever a single file of SD3 or Flux lacks")
+    lacks = "T5 (its folder or file), or a model folder that has whatever a single file of SD3 or Flux lacks"
+    add("--text-encoder", metavar="FOLDER", help=lacks)
     add("--config", metavar="FILE", help="a TOML file whose keys are these flags; flags win")
     add("--grid", action="store_true", help="also write all images as one contact sheet")
     add("--force", action="store_true", help="overwrite existing files")

@@ -44,7 +44,7 @@ def facts(pipe: Pipeline, height: int, width: int, steps: int) -> dict[str, Any]
     from ldm_pipe.offload import modules
     from ldm_pipe.one_step import contradiction
 
-    b = pipe.bundle
+    b, image = pipe.bundle, {"width": width, "height": height, "steps": steps}
     parts = {"network": b.model, "codec": b.codec, "text": b.text}
     return {
         "model": pipe.name,
@@ -60,8 +60,9 @@ def facts(pipe: Pipeline, height: int, width: int, steps: int) -> dict[str, Any]
         "multiple": b.multiple,
         "takes": {"masked": "a picture and a mask", "picture": "a picture"}.get(b.inserts or "", "text"),
         "defaults": {n: v for n, v in dataclasses.asdict(b.defaults).items() if n != "words"},
-        "image": {"width": width, "height": height, "steps": steps, "bytes": pipe.forecast(height, width)}
-        | {"seconds": round(_seconds(pipe, height, width) * steps, 1)},
+        "image": image
+        | {"bytes": pipe.forecast(height, width), "seconds": round(_seconds(pipe, height, width) * steps, 1)}
+        | {"decoder": pipe.forecast_decoding(height, width)},
     }
 
 
@@ -129,3 +130,4 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield from (f"note: {note}" for note in prompt["notes"])
     needs = f"about {image['bytes'] / 2**20:,.0f} MiB beside the weights and {image['seconds']:g} s"
     yield f"an image of {image['width']}x{image['height']} in {image['steps']} steps: {needs}"
+    yield f"its decoder: about {image['decoder']['bytes'] / 2**20:,.0f} MiB, so it is decoded {image['decoder']['how']}"

@@ -199,7 +199,11 @@ def _replay(request: Request, path: str) -> int:
 
     dtype = DTYPES.get(found.dtype, "auto") if request.dtype == "auto" else request.dtype
     attention = found.attention if request.attention == "auto" and found.attention in ATTENTIONS else request.attention
+    say = Notes(request.quiet)
+    if found.partial:
+        say(f"the image was made by a model whose tensors did not all fit, under --allow-partial: {found.lacking()}")
     pipe = Pipeline.from_pretrained(request.model, request.device, dtype, attention, **request.loading())
+    say(*pipe.bundle.notes)
     pipe = request.adapters().again(found.adapters).applied(pipe)
     out = replay.again(found, pipe, _sources(request), request.controls())
     if not request.verify:

@@ -125,7 +125,7 @@ def config(model: str, shapes: Shapes, given: Mapping[str, Any]) -> dict[str, An
     them. Raises ModelError on a tensor that is missing or not of the kind."""
     try:
         return {**given, **(_sd3 if model == "sd3" else _flux)(shapes, int(given["attention_head_dim"]))}
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"missing tensor {error}, or one of another shape") from error
 
 

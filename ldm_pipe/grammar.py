@@ -32,11 +32,6 @@ def spoken(text: str, plain: bool = False) -> str:
     return text if plain else " ".join(wording.text for wording in parse(text).at(*FIRST))
 
 
-def head(text: str, plain: bool = False) -> str:
-    """The words of the first chunk of a prompt at its first step, whose tokens come first; the text itself if it is `plain`."""
-    return text if plain else "".join(run.text for run in parse(text).branches[0].at(*FIRST).chunks[0])
-
-
 @functools.lru_cache(maxsize=512)
 def parse(text: str, joins: bool = True) -> Prompt:
     """Read a prompt. joins: AND joins parts; in a negative prompt it is a word.

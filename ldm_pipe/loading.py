@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldm_pipe import hub, one_step, single, single_flow, strict, weights
+from ldm_pipe import float8, hub, one_step, single, single_flow, strict, weights
 from ldm_pipe.codec import Codec
 from ldm_pipe.cond import Cond
 from ldm_pipe.configs import LONGEST_JSON
@@ -37,7 +37,8 @@ class Bundle:
     family: its name in `families.FAMILIES`. patch: latent pixels of a side that the network takes together. embeds: the
     guidance scale is told to the network, and guidance needs no second branch. adapters: what was merged into it (`adapters`).
     place: the device that its weights visit, where they do not lie on it (`offload`). notes: what a user should know of how it
-    was loaded. assumed: nothing was said of its prediction. vectors: makes of pictures what the network is told of them
+    was loaded. partial: which tensors its files lacked or had too many, a row for each part and fault (`weights.Fault.row`).
+    assumed: nothing was said of its prediction. vectors: makes of pictures what the network is told of them
     (`networks.unclip`), where it was trained with them.
     """
 
@@ -54,6 +55,7 @@ class Bundle:
     adapters: tuple[Mapping[str, Any], ...] = ()
     place: Any = None
     notes: tuple[str, ...] = ()
+    partial: tuple[Mapping[str, Any], ...] = ()
     assumed: bool = False
     vectors: Any = None
 
@@ -143,14 +145,15 @@ def load(
 
     check: compare the weights with the folder's SHA256SUMS, where it has one (the built-in model does). allow_partial: tensors
     that are missing, of another shape or not the model's are noted in the bundle's `notes`. kind: of whether the network is
-    wide, the dtype that it and the text encoders are read in. tokenizer, text_encoder: folders of what a single file lacks.
+    wide, the dtype that it and the text encoders are read in. tokenizer, text_encoder: folders of what a single file lacks,
+    or the file of a T5.
     Nothing is fetched that is not named, and no code of a folder is run: safetensors only. Raises ModelError with one sentence
     on anything that does not fit.
     """
     place = BUILTIN if str(source) == "builtin" else Path(source)
-    notes: list[str] | None = [] if allow_partial else None
+    faults: list[weights.Fault] | None = [] if allow_partial else None
     if str(source) and os.path.isfile(place):
-        return _single(place, str(source), notes, kind, [None if f is None else Path(f) for f in (text_encoder, tokenizer)])
+        return _single(place, str(source), faults, kind, [None if f is None else Path(f) for f in (text_encoder, tokenizer)])
     if tokenizer is not None or text_encoder is not None:
         raise UsageError("--tokenizer and --text-encoder go with a single file of SD3 or Flux; a folder has its own")
     if hub.names(str(source)):
@@ -163,7 +166,7 @@ def load(
     family_of(parts.index, f"{place.name}/model_index.json")
     scheduler = read_json(place / "scheduler" / "scheduler_config.json")
     networks = [file for name in ("unet", "transformer") for file in (place / name).glob("*.safetensors")]
-    parts = replace(parts, how=weights.How(_dtype(kind, networks), notes))
+    parts = replace(parts, how=weights.How(_dtype(kind, networks), faults))
     return _bundle(parts, scheduler, f"{place.name}/scheduler", str(source), digests)
 
 
@@ -178,7 +181,8 @@ def _bundle(parts: Parts, scheduler: Mapping[str, Any], where: str, name: str, d
     model = Model(made.network, path, prediction, None if kind == torch.float32 else kind).eval()
     defaults = _given(parts.folder, replace(usual, **made.defaults))
     found = Bundle(model, made.codec, made.text, name, defaults, digests, family, made.patch, made.embeds, made.inserts)
-    return replace(found, vectors=made.vectors, notes=tuple(parts.how.notes or ()))
+    faults = parts.how.faults or ()
+    return replace(found, vectors=made.vectors, notes=tuple(map(str, faults)), partial=tuple(fault.row for fault in faults))
 
 
 def _dtype(kind: Callable[[bool], torch.dtype] | None, files: Sequence[Path]) -> torch.dtype:
@@ -188,23 +192,25 @@ def _dtype(kind: Callable[[bool], torch.dtype] | None, files: Sequence[Path]) ->
 def _single(
     file: Path,
     name: str,
-    notes: list[str] | None,
+    faults: list[weights.Fault] | None,
     kind: Callable[[bool], torch.dtype] | None,
     folders: Sequence[Path | None],
 ) -> Bundle:
     """The bundle of a single file."""
     if file.suffix != ".safetensors":
         raise ModelError(f"{file.name} is no .safetensors file; other formats may hold code and are not read")
-    model, how = single_flow.model_of(weights.header(file, alone=True)), weights.How(_dtype(kind, [file]), notes)
+    names = weights.header(file, alone=True)
+    said = tuple(filter(None, [float8.note(file.name, names)]))
+    model, how = single_flow.model_of(names), weights.How(_dtype(kind, [file]), faults)
     if model is not None:
         flow = replace(single_flow.read(file, model, *folders), how=how)
         found = _bundle(flow, flow.configs["scheduler"], file.name, name, {})
-        return replace(found, notes=(*found.notes, *flow.notes()))
+        return replace(found, notes=(*found.notes, *said, *flow.notes()))
     if any(folders):
         raise UsageError(f"--tokenizer and --text-encoder go with a single file of SD3 or Flux; {file.name} is none")
     whole = replace(single.read(file), how=how)
     found = _bundle(whole, whole.configs["scheduler"], file.name, name, {})
-    unsure = replace(found, assumed=not notes)
+    unsure = replace(found, assumed=not faults, notes=(*found.notes, *said))
     return unsure.told() if kind is None else unsure
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ldm_pipe.patch import changed
 LIVE = 8
 OVERLAP = 4  # latent pixels in which two tiles are blended
 SMALLEST = 8  # latent pixels of the smallest tile's side
+# Pixels decoded at once from which a forecast is made: 512x512, about 2 GiB for Stable Diffusion's decoder in fp32.
+ASKED = 2**18
 
 
 def exhausted(error: BaseException) -> bool:
@@ -88,23 +90,66 @@ def side_that_fits(bytes_per_pixel: float, room: int, factor: int) -> int:
     return max(1, int(math.sqrt(max(0.0, room / bytes_per_pixel)) // factor)) * factor
 
 
-def decode(codec: Codec, latents: Tensor, say: Callable[[str], None]) -> Tensor:
-    """Images of latents [B,C,h,w]: together; where memory runs out one by one; then in smaller and smaller tiles.
+class Rung(NamedTuple):
+    """A way to decode. how: in words; size: latent pixels that are decoded at once; tile: the side of a tile in them, or 0."""
 
-    Raises EnvironmentFault where the smallest tile does not fit. `say` is told what was done.
+    how: str
+    size: int
+    tile: int
+    run: Callable[[], Tensor]
+
+
+def decode(codec: Codec, latents: Tensor, say: Callable[[str], None], tile: int = 0) -> tuple[Tensor, int]:
+    """(images of latents [B,C,h,w], the side of their tiles in latent pixels, 0 for none): together, else one by one, else in
+    tiles, as large as the forecast says will fit; where memory runs out all the same, in the next smaller way.
+
+    tile: tiles of this side to begin with, as an image was made. Raises EnvironmentFault where the smallest tile does not fit.
+    `say` is told what was done.
     """
-    attempts: list[tuple[str, Callable[[], Tensor]]] = [("", lambda: codec.decode(latents))]
-    if len(latents) > 1:
-        attempts.append(("image by image", lambda: torch.cat([codec.decode(x[None]) for x in latents])))
-    for side in _sides(max(latents.shape[-2:])):
-        attempts.append((f"in tiles of {side * codec.factor} pixels", functools.partial(_each_tiled, codec, latents, side)))
-    for how, attempt in attempts:
+    rungs = _rungs(codec, latents, tile)
+    first, why = (0, "as the image was made") if tile else fitting(codec, latents, rungs)
+    for number, rung in enumerate(rungs[first:]):
         with forgiven():
-            images = attempt()
-            if how:
-                say(f"memory ran out in the decoder; the images are decoded {how}")
-            return images
+            images = rung.run()
+            if number or rung.tile or first:
+                say(f"the images are decoded {rung.how}: {'memory ran out in the decoder' if number else why}")
+            return images, rung.tile
     raise EnvironmentFault("memory ran out in the decoder, even in its smallest tiles; make room, or use --device cpu")
+
+
+def fitting(codec: Codec, latents: Tensor, rungs: Sequence[Rung]) -> tuple[int, str]:
+    """(the number of the first way that fits into what is free, by the forecast; why it is not the first). Decoding little is
+    not asked."""
+    if rungs[0].size * codec.factor**2 <= ASKED:
+        return 0, ""
+    need, room = of_decoding(codec, latents), free(latents.device)
+    first = next((k for k, rung in enumerate(rungs) if need * rung.size <= room), len(rungs) - 1)
+    return first, f"at once they need about {need * rungs[0].size / 2**30:.1f} GiB of memory and {room / 2**30:.1f} are free"
+
+
+def forecast_decoding(codec: Codec, latents: Tensor) -> dict[str, Any]:
+    """About how many bytes decoding these latents needs, and how `decode` will do it."""
+    rungs = _rungs(codec, latents)
+    return {"bytes": int(of_decoding(codec, latents) * rungs[0].size), "how": rungs[fitting(codec, latents, rungs)[0]].how}
+
+
+def of_decoding(codec: Codec, latents: Tensor) -> float:
+    """About how many bytes a latent pixel takes in the decoder (measured on a small square)."""
+    small = latents.new_zeros(1, latents.shape[1], SMALLEST, SMALLEST)
+    return max((peak(m, lambda: codec.decode(small)) for m in modules(codec)), default=0) / SMALLEST**2
+
+
+def _rungs(codec: Codec, latents: Tensor, tile: int = 0) -> list[Rung]:
+    """The ways to decode, each of less memory than the one before; from tiles of `tile` on where that is not 0."""
+    area, longest = latents.shape[-2] * latents.shape[-1], max(latents.shape[-2:])
+    rungs = [Rung("at once", len(latents) * area, 0, lambda: codec.decode(latents))]
+    if len(latents) > 1:
+        rungs.append(Rung("image by image", area, 0, lambda: torch.cat([codec.decode(x[None]) for x in latents])))
+    begin = min(max(tile, SMALLEST), longest)
+    for side in [begin, *_sides(begin)] if tile else _sides(longest):
+        name = f"in tiles of {side * codec.factor} pixels"
+        rungs.append(Rung(name, side**2, side, functools.partial(_each_tiled, codec, latents, side)))
+    return [rung for rung in rungs if rung.tile] if tile else rungs
 
 
 @contextlib.contextmanager

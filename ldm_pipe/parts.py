@@ -143,13 +143,18 @@ def vision(place: Path, prepared: Path | None = None) -> ImageTower:
     how pictures are normalised, where it has one; `place` by default."""
     config = read_json(place / "config.json")
     configs.plausible(config, f"{place.name}/config.json")
-    encoder = foreign(place, "transformers", "CLIPVisionModelWithProjection")
+    if "vision_config" in config:
+        how = "the folder of its vision model alone, as save_pretrained writes it, is what is read"
+        raise ModelError(f"{place.name}/config.json is that of pictures and text together; {how}")
+    whole = config.get("model_type") == "siglip_vision_model"
+    encoder = foreign(place, "transformers", "SiglipVisionModel" if whole else "CLIPVisionModelWithProjection")
     file = (prepared or place) / "preprocessor_config.json"
     said = read_json(file) if file.is_file() else {}
-    given = [said.get(f"image_{name}", list(usual)) for name, usual in (("mean", MEAN), ("std", STD))]
+    usual = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if whole else {"mean": MEAN, "std": STD}
+    given = [said.get(f"image_{name}", list(values)) for name, values in usual.items()]
     if not all(isinstance(v, list) and len(v) == 3 and all(type(n) in (int, float) for n in v) for v in given) or 0 in given[1]:
         raise ModelError(f"{file.parent.name}/{file.name}: image_mean and image_std take three numbers each, no std of 0")
-    return ImageTower(encoder, int(encoder.config.image_size), *(tuple(v) for v in given))
+    return ImageTower(encoder, int(encoder.config.image_size), tuple(given[0]), tuple(given[1]), whole)
 
 
 def foreign(place: Path, library: str, name: str, how: weights.How = weights.STRICT) -> Any:
@@ -168,12 +173,12 @@ def foreign(place: Path, library: str, name: str, how: weights.How = weights.STR
         if asked > 1.1 * sum(held.values()) + 10_000:
             raise ModelError(f"{where}: config.json asks for {asked:,} parameters, the files hold {sum(held.values()):,}")
         rest: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-        if how.notes is not None:
+        if how.faults is not None:
             rest |= {"ignore_mismatched_sizes": True} | ({"low_cpu_mem_usage": False} if library == "diffusers" else {})
         found, report = cls.from_pretrained(place, torch_dtype=how.dtype, **rest)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = [str(k[0] if isinstance(k, tuple) else k) for k in report.get(fault) or ()]
-        weights.refuse(where, fault.split("_")[0], keys, how.notes)
+        weights.refuse(where, fault.split("_")[0], keys, how.faults)
         for key in keys if fault != "unexpected_keys" else ():  # left as memory that nobody wrote
             owner, _, leaf = key.rpartition(".")
             tensor = getattr(found.get_submodule(owner), leaf)

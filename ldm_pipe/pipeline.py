@@ -166,6 +166,13 @@ class Pipeline:
         peak = memory.peak(model, lambda: model(x, Level(0.5, 0.5), self.bundle.empty(PROBE)))
         return int(2 * images * peak * (height * width) / (PROBE * codec.factor) ** 2)
 
+    def forecast_decoding(self, height: int, width: int) -> dict[str, Any]:
+        """About how many bytes the decoder needs for one image of this size in pixels, and how it will be decoded with what is
+        free now: "at once" or "in tiles of ... pixels"."""
+        factor = self.bundle.codec.factor
+        latents = torch.zeros(1, self.bundle.codec.channels, height // factor, width // factor, device=self.device)
+        return memory.forecast_decoding(self.bundle.codec, latents)
+
     def _room(self, whole: Plan, size: int) -> int:
         """How many images at a time fit by the forecast, `size` at most. A run no larger than usual is not asked."""
         factor, (height, width) = self.bundle.codec.factor, whole.shape[1:]
@@ -188,22 +195,23 @@ class Pipeline:
             x, walked = step.x, walked + 1
             if on_step:
                 on_step(step)
-        decoded = self._decoded(x, notes)
+        decoded, tile = self._decoded(x, part.tile, notes)
         images = image.to_pil(decoded)
         if part.source is not None:
             images = part.source.paste(images)
         said = [*told(self.bundle, part), *notes, *([part.report(decoded)] if part.report is not None else [])]
         places = tuple((len(images), row) for row in range(len(images)))
         said = list(dict.fromkeys(said))
-        return Output(images, x, part.seeds, part.prompts, part.given, evaluations, tuple(said), places, part.recorded, walked)
+        found = Output(images, x, part.seeds, part.prompts, part.given, evaluations, tuple(said), places, part.recorded, walked)
+        return replace(found, tiles=(tile,) * len(images))
 
-    def _decoded(self, latents: Tensor, notes: list[str]) -> Tensor:
-        """Finite images of latents; a decoder that overflows in fp16 is asked again in fp32."""
-        images = memory.decode(self.bundle.codec, latents, notes.append)
+    def _decoded(self, latents: Tensor, tile: int, notes: list[str]) -> tuple[Tensor, int]:
+        """Finite images of latents, and the side of their tiles; a decoder that overflows in fp16 is asked again in fp32."""
+        images, used = memory.decode(self.bundle.codec, latents, notes.append, tile)
         if self.dtype == torch.float16 and not bool(torch.isfinite(images).all()):
             notes.append("the decoder overflowed in fp16 and was run again in fp32")
-            images = memory.decode(self.bundle.codec.to(latents.device, torch.float32), latents, notes.append)
-        return finite(images, "the decoder's image holds")
+            images, used = memory.decode(self.bundle.codec.to(latents.device, torch.float32), latents, notes.append, tile)
+        return finite(images, "the decoder's image holds"), used
 
     def _walk(self, part: Plan, evaluations: Counter[str]) -> Iterator[Step]:
         noise = Noise(part.seeds, part.shape, self.device)

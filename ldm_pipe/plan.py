@@ -40,7 +40,8 @@ class Plan:
     shape: (C, h, w) of one latent. given: the resolved settings it follows from. source: the picture that an edit starts from.
     start, noise: x at the first level [N,C,h,w] and what the sampler draws, where an inversion found them. conds: conditions of
     all images that take the place of the usual ones, by branch. texts: prompts of further branches, of all images. paced: the
-    levels whose steps a prompt's schedule counts, where they are not those of the walk.
+    levels whose steps a prompt's schedule counts, where they are not those of the walk. tile: side of the decoder's tiles in
+    latent pixels, 0 where memory decides.
     guides: what corrects the guided estimate, the first one innermost. recorded: what else the recipe is to say (fields of
     `Recipe`). report: makes a sentence for the user of the finished images [B,3,H,W]. Methods change a plan with
     `dataclasses.replace`; `Pipeline.run` runs it.
@@ -62,6 +63,7 @@ class Plan:
     report: Callable[[Tensor], str] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     paced: tuple[Level, ...] = ()
+    tile: int = 0
 
     @property
     def prompts(self) -> tuple[str, ...]:

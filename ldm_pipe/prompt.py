@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+WORD = r"[,.;:!?]|[^\s,.;:!?]+"  # or a sign
+
 
 class Run(NamedTuple):
     """A piece of text and what its tokens are multiplied by."""
@@ -129,6 +131,11 @@ class Prompt:
     def at(self, step: int, steps: int) -> tuple[Wording, ...]:
         """What its branches say at a step of 0..steps - 1."""
         return tuple(branch.at(step, steps) for branch in self.branches)
+
+
+def clean(prompt: str) -> str:
+    """What a tokenizer can take: lone surrogates and NUL stand for nothing that was ever trained."""
+    return prompt.encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
 
 
 def merged(items: Sequence[Any]) -> Any:

@@ -38,6 +38,8 @@ class Recipe:
     was. hires: of the second pass; height and width are the first's. filtered: the share of images that was kept.
     image_prompt: how a picture stood beside the words. controls, adapters: name, digest and settings of each. patches: as
     --patch takes them, those of `speed` among them.
+    partial: the tensors that its model's files lacked or had too many, a row for each part and fault. tile: the side in latent
+    pixels of the tiles it was decoded in, 0 for none.
     digests: SHA-256 of the weight files that were checked on load; versions: of the libraries; threads: of the CPU.
     """
 
@@ -68,6 +70,8 @@ class Recipe:
     speed: str = ""
     plain_prompt: bool = True  # as prompts were read before there was a grammar
     model: str = "builtin"
+    partial: tuple[dict[str, Any], ...] = ()
+    tile: int = 0
     digests: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     dtype: str = "fp32"
@@ -79,18 +83,34 @@ class Recipe:
     def __post_init__(self) -> None:
         if not (1 <= self.batch <= 4096 and 0 <= self.row < self.batch):
             raise UsageError(f"a recipe has 1 to 4096 images in its batch and a row in it, got {self.batch} and {self.row}")
+        if not 0 <= self.tile <= 2**16:
+            raise UsageError(f"a recipe has tiles of 0 to {2**16} latent pixels, got {self.tile}")
 
     def differences(self, other: Recipe) -> list[str]:
         """The recorded facts of the machine and the software in which two recipes differ, as "name: ours -> theirs"."""
         found = []
-        for name in ("device", "dtype", "attention", "threads", "batch", "row", "model"):
+        for name in ("device", "dtype", "attention", "threads", "batch", "row", "tile", "model"):
             mine, theirs = getattr(self, name), getattr(other, name)
             found += [f"{name}: {mine} -> {theirs}"] if mine != theirs else []
+        mine, theirs = self.lacking(parts=False), other.lacking(parts=False)
+        found += [f"tensors that did not fit: {mine or 'none'} -> {theirs or 'none'}"] if mine != theirs else []
         for group in ("versions", "digests"):
-            mine, theirs = getattr(self, group), getattr(other, group)
-            names = sorted({*mine, *theirs})
-            found += [f"{n}: {_short(mine.get(n))} -> {_short(theirs.get(n))}" for n in names if mine.get(n) != theirs.get(n)]
+            ours, others = getattr(self, group), getattr(other, group)
+            names = sorted({*ours, *others})
+            found += [f"{n}: {_short(ours.get(n))} -> {_short(others.get(n))}" for n in names if ours.get(n) != others.get(n)]
         return found
+
+    def lacking(self, parts: bool = True) -> str:
+        """Which tensors of the model were missing or did not fit (--allow-partial), "" where it was loaded whole. parts: say of
+        which part of which folder, too."""
+        said = []
+        for row in self.partial:
+            first, count = row.get("first"), row.get("count")
+            names = ", ".join(str(n)[:100] for n in first) if isinstance(first, list | tuple) else ""
+            more = ", ..." if isinstance(first, list | tuple) and count != len(first) else ""
+            place = f" in {str(row.get('part'))[:100]}" if parts else ""
+            said.append(f"{str(count)[:20]} {str(row.get('fault'))[:20]}{place} ({names}{more})")
+        return "; ".join(said)
 
     def summary(self) -> str:
         """What a person wants to know first, a fact a line."""
@@ -103,6 +123,7 @@ class Recipe:
         rows |= {"controls": ", ".join(f"{c.get('name')} x{c.get('scale')}" for c in self.controls)}
         rows |= {"adapters": ", ".join(f"{a.get('name')} {a.get('scale', a.get('word'))}".strip() for a in self.adapters)}
         rows |= {"patches": ", ".join(self.patches) + (f" (--speed {self.speed})" if self.speed else "")}
+        rows |= {"partial load": self.lacking(), "decoded": f"in tiles of {self.tile} latent pixels" if self.tile else ""}
         rows |= {"size": f"{self.width}x{self.height}", "model": self.model, "made with": f"{self.dtype} on {self.device}"}
         return "\n".join(f"{name + ':':<17}{value}" for name, value in rows.items() if value not in (None, ""))
 

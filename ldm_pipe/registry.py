@@ -123,6 +123,7 @@ KINDS: dict[str, dict[str, str]] = {
         "sana_controlnet": "ldm_pipe.control.sana_controlnet:SanaControlNet",
         "scalecrafter": "ldm_pipe.resolution.scalecrafter:ScaleCrafter",
         "sd3_controlnet": "ldm_pipe.control.sd3_controlnet:SD3ControlNet",
+        "sd3_ip_adapter": "ldm_pipe.control.sd3_ip_adapter:SD3IPAdapter",
         "t2i_adapter": "ldm_pipe.control.t2i_adapter:T2IAdapter",
         "text_cache": "ldm_pipe.speed.text_cache:TextCache",
         "tiles": "ldm_pipe.resolution.tiles:Tiles",

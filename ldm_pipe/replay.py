@@ -47,7 +47,8 @@ def recipe_of(out: Output, pipe: Pipeline, index: int) -> Recipe:
         | {"batch": batch, "row": row, **out.recorded}
         | {"model": pipe.name, "digests": dict(pipe.bundle.digests), "dtype": str(pipe.dtype).removeprefix("torch.")}
         | {"device": platform.machine() if cpu else torch.cuda.get_device_name(pipe.device)}
-        | {"attention": pipe.attention, "adapters": tuple(dict(row) for row in pipe.bundle.adapters)}
+        | {"attention": pipe.attention, "adapters": tuple(map(dict, pipe.bundle.adapters))}
+        | {"partial": tuple(map(dict, pipe.bundle.partial)), "tile": out.tiles[index] if out.tiles else 0}
         | {"threads": torch.get_num_threads() if cpu else 0, "versions": _versions()}
     )
 
@@ -109,9 +110,9 @@ def again(recipe: Recipe, pipe: Pipeline, pictures: Mapping[str, Any] | None = N
     for name, digest in whole.recorded.get("sources", {}).items():
         if digest != recipe.sources[name]:
             raise UsageError(f"--{name.replace('_', '-')} is not the picture that the image was made from")
-    out = next(pipe.run(whole))
+    out = next(pipe.run(dataclasses.replace(whole, tile=recipe.tile)))
     row = slice(recipe.row, recipe.row + 1)
-    kept = {n: getattr(out, n)[row] for n in ("images", "latents", "prompts", "seeds", "places")}
+    kept = {n: getattr(out, n)[row] for n in ("images", "latents", "prompts", "seeds", "places", "tiles")}
     return dataclasses.replace(out, **kept)
 
 

@@ -21,7 +21,8 @@ class Output:
     """What a call returns: one entry per image, prompts in order, each prompt's images together.
 
     latents: [N,C,h,w]. evaluations: how many images the network saw, per branch. notices: sentences for the user. places:
-    (size of the batch an image was computed in, its row there). recorded: what else their recipes say. walked: steps that ran.
+    (size of the batch an image was computed in, its row there). tiles: that each was decoded in, their side in latent pixels, 0
+    for none. recorded: what else their recipes say. walked: steps that ran.
     """
 
     images: list[Image]
@@ -34,6 +35,7 @@ class Output:
     places: tuple[tuple[int, int], ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
     walked: int = 0
+    tiles: tuple[int, ...] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[Output]) -> Output:
@@ -49,4 +51,5 @@ class Output:
             tuple(place for part in parts for place in part.places),
             parts[0].recorded,
             parts[0].walked,
+            tuple(tile for part in parts for tile in part.tiles),
         )

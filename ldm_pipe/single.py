@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_pipe import tokens, weights
+from ldm_pipe import single_others, tokens, weights
 from ldm_pipe.errors import ModelError
 from ldm_pipe.families import class_of
 from ldm_pipe.first_names import open_clip, unet_name, vae_name
@@ -100,8 +100,9 @@ def read(file: Path) -> FileParts:
             (m for m, towers in MODELS.items() if all(any(n.startswith(p) for n in names) for p in towers.values())), None
         )
         if model is None or not any(n.startswith(UNET) for n in names):
-            first = next(iter(names), "nothing")
-            raise ModelError(f"{file.name} is not a Stable Diffusion 1, 2 or XL file: it holds {first!r:.60}, ...")
+            first, other = next(iter(names), "nothing"), single_others.known(names)
+            none = f"is not a Stable Diffusion 1, 2 or XL file: it holds {first!r:.60}, ..."
+            raise ModelError(f"{file.name} {other or none}")
         configs = json.loads((PUBLISHED / f"{model}.json").read_text(encoding="utf-8"))
         prefixes = (UNET, VAE, *MODELS[model].values())
         strange = sorted(n for n in names if not n.startswith(prefixes) and not LEFT.fullmatch(n))

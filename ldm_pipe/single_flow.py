@@ -10,13 +10,13 @@ import gzip
 import importlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm_pipe import flow_names, parts, tokens, weights
+from ldm_pipe import float8, flow_names, parts, tokens, weights
 from ldm_pipe.configs import read_json
 from ldm_pipe.errors import ModelError
 from ldm_pipe.families import class_of
@@ -43,14 +43,15 @@ LEFT = ("position_ids", "logit_scale", "model_sampling.sigmas")
 @dataclass(frozen=True, eq=False)
 class FlowParts(Parts):
     """The parts of one file; `folder` is the file. model: its name in `published/`; held: per part its tensors' names there,
-    by their names without the prefix. beside: a model folder, or T5's own, that has what the file lacks; words_of: T5's
-    tokenizer."""
+    by their names without the prefix. beside: a model folder, or T5's own, that has what the file lacks; apart: T5's own file,
+    where there is one; words_of: T5's tokenizer."""
 
     model: str = "sd3"
     configs: Mapping[str, Any] = field(default_factory=dict)
     held: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     beside: Path | None = None
     words_of: Path | None = None
+    apart: Path | None = None
 
     def _read(self, part: str) -> Any:
         library, name = str(class_of(self.index, part)).split(".")
@@ -60,11 +61,12 @@ class FlowParts(Parts):
             return Parts(self._beside, self._index_beside, how=self.how).network(part)
         from safetensors import safe_open
 
-        config, how, where = dict(self.configs[part]), self.how_of(part), f"{self.folder.name} ({part})"
+        file = self.apart if self.apart is not None and part == T5[self.model][0] else self.folder
+        config, how, where = dict(self.configs[part]), self.how_of(part), f"{file.name} ({part})"
         with parts.quiet():
             build = _builder(library, name, config)
-        with safe_open(self.folder, framework="pt") as found:
-            read = weights.tensors_as(self.folder, found, how.dtype)
+        with safe_open(file, framework="pt") as found:
+            read = weights.tensors_as(file, found, how.dtype)
             rows = [
                 (n, t, old) for stem, old in self.held[part].items() for n, t in self._present(part, stem, read(old), config)
             ]
@@ -99,7 +101,8 @@ class FlowParts(Parts):
         """What a user should know of what was left out."""
         encoder, _ = T5[self.model]
         if self.has(encoder):
-            return ()
+            said = "" if self.apart is None else float8.note(self.apart.name, weights.header(self.apart, alone=True))
+            return (said,) if said else ()
         lacks = "its vocabulary: --tokenizer FOLDER names it" if encoder in self.held else "T5: --text-encoder FOLDER names it"
         return (f"T5 is left out, which reads the prompt best; {self.folder.name} comes without {lacks}",)
 
@@ -149,6 +152,10 @@ def read(file: Path, model: str, beside: Path | None, words_of: Path | None) -> 
             raise ModelError(f"{file.name}: unexpected tensor {name!r:.100}")
         if part is not None and not name.endswith(LEFT):
             held.setdefault(part, {})[name.removeprefix(prefixes[part])] = name
+    apart = beside if beside is not None and beside.is_file() else None
+    if apart is not None:
+        held[T5[model][0]] = _t5_of(apart)
+        beside = None
     network = {stem: shapes[name] for stem, name in held["transformer"].items()}
     try:
         configs["transformer"] = flow_names.config(model, network, configs["transformer"])
@@ -157,7 +164,20 @@ def read(file: Path, model: str, beside: Path | None, words_of: Path | None) -> 
     if model == "flux" and not configs["transformer"]["guidance_embeds"]:
         configs["scheduler"] = configs["scheduler_of_schnell"]
     index = _complete(file, model, configs["index"], held, (beside, words_of))
-    return FlowParts(file, index, model=model, configs=configs, held=held, beside=beside, words_of=words_of)
+    found = FlowParts(file, index, model=model, configs=configs, held=held, beside=beside)
+    return replace(found, words_of=words_of, apart=apart)
+
+
+def _t5_of(file: Path) -> dict[str, str]:
+    """The names of the tensors of a T5's own file. Raises ModelError where it is another."""
+    if file.suffix != ".safetensors":
+        raise ModelError(f"{file.name} is no .safetensors file; other formats may hold code and are not read")
+    names = weights.header(file, alone=True)
+    float8.note(file.name, names)  # refuses what is scaled, before anything is read
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" not in names:
+        first = next(iter(names), "nothing")
+        raise ModelError(f"--text-encoder takes a folder or the file of a T5; {file.name} holds {first!r:.60}")
+    return {name: name for name in names}
 
 
 def _complete(
@@ -167,7 +187,8 @@ def _complete(
     (beside, words_of), (encoder, tokenizer) = folders, T5[model]
     for flag, folder in (("--text-encoder", beside), ("--tokenizer", words_of)):
         if folder is not None and not folder.is_dir():
-            raise ModelError(f"{flag} {str(folder)!r:.120} is not a folder")
+            kind = "a folder" if flag == "--tokenizer" else "a folder or the file of a T5"
+            raise ModelError(f"{flag} {str(folder)!r:.120} is not {kind}")
     alone = beside is not None and (beside / "config.json").is_file()
     there = {p for p in index if beside is not None and not alone and (beside / p).is_dir()} | ({encoder} if alone else set())
     lost = [p for p in index if not p.startswith("tokenizer") and p not in held and p not in there]

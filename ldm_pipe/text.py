@@ -13,10 +13,11 @@ from torch import Tensor
 from ldm_pipe.cond import Cond
 from ldm_pipe.emphasis import emphasised
 from ldm_pipe.prompt import Wording
-from ldm_pipe.tokens import Tokenizer, weighed, within_a_word
+from ldm_pipe.prompt import clean as clean  # part of what this module offers
+from ldm_pipe.tokens import Tokenizer, spans, weighed
+from ldm_pipe.windows import MOST_CHUNKS, Chunk, Piece, pieces, placed
 
 Words = str | Wording  # a prompt as it stands, or one whose brackets were read
-MOST_CHUNKS = 40  # windows of one prompt
 
 
 class TextEncoder(Protocol):
@@ -81,25 +82,22 @@ class ClipTower:
         empty, found = self.tokenizer([""], self.window)[0], []
         for piece in self._pieces(prompt)[:MOST_CHUNKS]:
             rest = self.window - 1 - len(piece)
-            ids, weights = [empty[0], *(i for i, _ in piece)], [1.0, *(w for _, w in piece)]
+            ids, weights = [empty[0], *(p.id for p in piece)], [1.0, *(p.weight for p in piece)]
             found.append(([*ids, *empty[1 : 1 + rest]], weights + [1.0] * rest))
         return found
 
-    def _pieces(self, prompt: Wording) -> list[list[tuple[int, float]]]:
-        """(id, weight) of the tokens of every window, its two ends left out."""
-        found, room = [], self.window - 2
-        for runs in prompt.chunks:
-            text = clean("".join(run.text for run in runs))
-            inner = [token for token in weighed(self.tokenizer, text, runs) if token[2] >= 0]
-            first = 0
-            while first < len(inner) or not first:
-                end = min(first + room, len(inner))
-                while end < len(inner) and end > first and within_a_word(text, inner[end][2]):
-                    end -= 1
-                end = end if end > first else min(first + room, len(inner))  # one word that is longer than the window
-                found.append([(i, w) for i, w, _ in inner[first:end]])
-                first = max(end, 1)
-        return found
+    def _chunks(self, prompt: Wording) -> list[Chunk]:
+        texts = [clean("".join(run.text for run in runs)) for runs in prompt.chunks]
+        return [(text, weighed(self.tokenizer, text, runs)) for text, runs in zip(texts, prompt.chunks, strict=True)]
+
+    def _pieces(self, prompt: Wording) -> list[list[Piece]]:
+        return pieces(self._chunks(prompt), self.window - 2)
+
+    def places(self, prompt: Words) -> list[tuple[str, Sequence[int]]]:
+        """The words of a prompt in order, each with its places among the tokens of all windows; none where it is not seen."""
+        if isinstance(prompt, str):
+            return [*spans(self.tokenizer, self.window, clean(prompt))]
+        return [*placed(self._chunks(prompt), self.window)]
 
     def over(self, prompt: Words) -> int:
         """How many tokens of a prompt are not seen, at least 0."""
@@ -145,6 +143,10 @@ class MaskedTower:
         if isinstance(prompt, Wording):
             return prompt.lowered() if self.lower else prompt.joined
         return clean(prompt).lower().strip() if self.lower else clean(prompt)
+
+    def places(self, prompt: Words) -> list[tuple[str, Sequence[int]]]:
+        """The words of a prompt in order, each with its places among the tokens; none where it is not seen."""
+        return [*spans(self.tokenizer, self.window, clean(spelled(self._read(prompt))))]
 
     def _weights(self, prompt: Words, length: int) -> list[float]:
         if isinstance(prompt, str):
@@ -205,6 +207,10 @@ class ClipText:
         """How many windows a prompt needs."""
         return self._tower.chunks(prompt)
 
+    def places(self, prompt: Words) -> list[tuple[str, Sequence[int]]]:
+        """As of `ClipTower`."""
+        return self._tower.places(prompt)
+
     def notices(self, prompt: Words) -> list[str]:
         """One sentence for unknown words, one for tokens that are not seen."""
         found = []
@@ -235,8 +241,3 @@ def spelled(prompt: Words) -> str:
 def plain_words(prompt: str) -> list[str]:
     """The words of a prompt in lower case, without the signs between them: what a model with a closed list knows or not."""
     return re.findall(r"[^\W_]+", prompt.lower())
-
-
-def clean(prompt: str) -> str:
-    """What a tokenizer can take: lone surrogates and NUL stand for nothing that was ever trained."""
-    return prompt.encode("utf-8", "replace").decode("utf-8").replace("\0", " ")

@@ -17,12 +17,11 @@ from typing import Any, Protocol
 
 from ldm_pipe.configs import LONGEST_TOKENIZER, read_json
 from ldm_pipe.errors import ModelError
-from ldm_pipe.prompt import Run
+from ldm_pipe.prompt import WORD, Run
 
 END = "<|endoftext|>"
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END, "pad_token": END}
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-WORD = r"[,.;:!?]|[^\s,.;:!?]+"  # or a sign
 # What tokenizer_config.json may say besides its special tokens: values that change no id (None: any value).
 CONFIG: Mapping[str, tuple[Any, ...] | None] = {
     "add_prefix_space": (False,), "do_lower_case": (True,), "errors": ("replace",), "backend": ("tokenizers",),
@@ -57,11 +56,6 @@ def weighed(tokenizer: Tokenizer, text: str, runs: Sequence[Run]) -> list[tuple[
     return list(zip(ids, weights, starts, strict=True))
 
 
-def within_a_word(text: str, place: int) -> bool:
-    """Does a character go on with the word of the one before it?"""
-    return place > 0 and text[place - 1].isalnum() and text[place].isalnum()
-
-
 def begun(text: str, spans: Sequence[tuple[int, int]], ends: Sequence[int]) -> list[int]:
     """`Tokenizer.starts` of what a library says: the characters (first, past the last) of each id, and 1 where it is an end."""
     blank = [len(text[a:b]) - len(text[a:b].lstrip()) for a, b in spans]
@@ -75,13 +69,18 @@ def words(text: str) -> list[str]:
 
 def places(tokenizer: Tokenizer, window: int, text: str) -> list[tuple[str, range]]:
     """The words of a prompt, each with its places among the tokens; what the window cuts off is left out."""
+    return [(word, span) for word, span in spans(tokenizer, window, text) if len(span)]
+
+
+def spans(tokenizer: Tokenizer, window: int, text: str) -> list[tuple[str, range]]:
+    """The same, those among them that have no place."""
     ends = tokenizer.length("")  # CLIP's two, or only the one behind
     found, place = [], ends - 1
     for word in re.finditer(WORD, text):
         end = tokenizer.length(text[: word.end()]) - 1  # a sign alone is not what it is behind a word, to T5
         found.append((word[0].lower(), range(min(place, window - 1), min(end, window - 1))))
         place = end
-    return [(word, span) for word, span in found if len(span)]
+    return found
 
 
 _LOCK = Lock()  # transformers' tokenizers fill up and cut by settings that all threads share

@@ -22,16 +22,17 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True, eq=False)
 class ImageTower:
-    """A CLIPVisionModelWithProjection of transformers. side: of the square it sees, in pixels; mean, std: what a picture in
-    0..1 is normalised by."""
+    """A CLIPVisionModelWithProjection or SiglipVisionModel of transformers. side: of the square it sees, in pixels; mean, std:
+    what a picture in 0..1 is normalised by. whole: it sees all of a picture, drawn to a square, not the middle (SigLIP)."""
 
     encoder: Any
     side: int
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    whole: bool = False
 
     def pixels(self, pictures: Sequence[Image]) -> Tensor:
-        """[N,3,side,side]: the shorter side brought to `side`, the middle cut out, normalised."""
+        """[N,3,side,side]: the shorter side brought to `side`, the middle cut out, or both sides; normalised."""
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         whole = to_tensor([self._square(p.convert("RGB")) for p in pictures])
         return ((whole / 2 + 0.5 - mean) / std).to(self.encoder.device, self.encoder.dtype)
@@ -39,6 +40,8 @@ class ImageTower:
     def _square(self, picture: Image) -> Image:
         from PIL.Image import Resampling
 
+        if self.whole:
+            return picture.resize((self.side, self.side), Resampling.BICUBIC)
         short = min(picture.size)
         width, height = (int(self.side * n / short) for n in picture.size)
         resized = picture.resize((width, height), Resampling.BICUBIC)

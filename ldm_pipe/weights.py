@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldm_pipe import float8
 from ldm_pipe.configs import read_json
 from ldm_pipe.errors import ModelError
 
@@ -24,6 +25,8 @@ LONGEST_HEADER, MOST_TENSORS, LONGEST_NAME = 16 * 2**20, 20_000, 512  # of a saf
 FLOATS = ("F64", "F32", "F16", "BF16")  # as the header of a safetensors file names them
 WIDE = 256  # channels from which bf16 gains on a CPU (x1.3; x2.1 at 1280): scripts/bench/dtype.py
 KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OWN = {**dict(zip(FLOATS, KINDS, strict=True)), **{n: getattr(torch, kind) for n, kind in float8.NAMES.items()}}
+FIRST = 3  # names of faulty tensors that a recipe holds
 
 
 @contextlib.contextmanager
@@ -41,12 +44,30 @@ def named(folder: Path) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fault:
+    """What does not fit in a part (`where`): tensors that are missing, unexpected, mismatched, ..., by name, in order."""
+
+    where: str
+    kind: str
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.kind} tensor {self.tensors[0]!r:.100} and {len(self.tensors) - 1} more"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As a recipe has it: how many, and the first ones."""
+        first = [name[:100] for name in self.tensors[:FIRST]]
+        return {"part": self.where, "fault": self.kind, "count": len(self.tensors), "first": first}
+
+
+@dataclasses.dataclass(frozen=True)
 class How:
-    """How weights are read. dtype: what they become, tensor by tensor. notes: where it is a list, tensors that are missing, of
-    another shape or not the module's are no errors: a sentence is added, and what is missing is drawn, always alike."""
+    """How weights are read. dtype: what they become, tensor by tensor. faults: where it is a list, tensors that are missing, of
+    another shape or not the module's are no errors: they are added to it, and what is missing is drawn, always alike."""
 
     dtype: torch.dtype = torch.float32
-    notes: list[str] | None = None
+    faults: list[Fault] | None = None
 
 
 STRICT = How()
@@ -63,10 +84,10 @@ def read(file: Path, parts: int, build: Callable[[], M], renamed: Callable[[str]
 
     where = f"{file.parent.parent.name}/{file.parent.name}"
     with named(file.parent):
-        header(file)
+        refuse(where, "not floating point:", [n for n, (kind, _) in header(file).items() if kind in float8.NAMES])
     with named(file.parent), safe_open(file, framework="pt") as found:
         names = {name: renamed(name) for name in found.keys()}  # noqa: SIM118  (it is no mapping)
-        if parts > len(names) and how.notes is None:
+        if parts > len(names) and how.faults is None:
             raise ModelError(f"{where}: config.json asks for {parts} parts or more, the file has {len(names)} tensors")
         held = {new: old for old, new in names.items() if new is not None}
         refuse(where, "unexpected", [old for old, new in names.items() if new is not None and held[new] != old])
@@ -85,7 +106,7 @@ def tensors_as(file: Path, found: Any, dtype: torch.dtype) -> Callable[[str], Te
 
     def tensor(name: str) -> Tensor:
         kind, (begin, end) = entries[name]["dtype"], entries[name]["data_offsets"]
-        own = dict(zip(FLOATS, KINDS, strict=True)).get(kind)
+        own = OWN.get(kind)
         if own is None or own == dtype or begin == end:
             mapped: Tensor = found.get_tensor(name)
             return mapped if own is None else mapped.to(dtype)
@@ -110,9 +131,9 @@ def filled(
     both = {n: t for n, t in tensors.items() if n in wanted}
     missing = wanted.keys() - tensors.keys()
     others = [n for n, t in both.items() if tuple(t.shape) != wanted[n]]
-    refuse(where, "missing", missing, how.notes)
-    refuse(where, "unexpected", [called.get(n, n) for n in tensors if n not in wanted], how.notes)
-    refuse(where, "mismatched", others, how.notes)
+    refuse(where, "missing", missing, how.faults)
+    refuse(where, "unexpected", [called.get(n, n) for n in tensors if n not in wanted], how.faults)
+    refuse(where, "mismatched", others, how.faults)
     refuse(where, "not floating point:", [n for n, t in both.items() if t.dtype not in KINDS])
     both |= {n: drawn(n, wanted[n]) for n in (*missing, *others)}
     for name, tensor in both.items():
@@ -137,15 +158,15 @@ def wide(files: typing.Iterable[Path]) -> bool:
     return any(len(shape) == 4 and shape[0] >= WIDE for shape in shapes)
 
 
-def refuse(where: str, fault: str, tensors: typing.Iterable[str], notes: list[str] | None = None) -> None:
-    """Raise ModelError that names the first of faulty tensors and counts the others; with `notes`, note it there instead."""
-    faulty = sorted(tensors)
+def refuse(where: str, kind: str, tensors: typing.Iterable[str], faults: list[Fault] | None = None) -> None:
+    """Raise ModelError that names the first of faulty tensors and counts the others; with `faults`, add them there instead."""
+    faulty = tuple(sorted(tensors))
     if not faulty:
         return
-    said = f"{where}: {fault} tensor {faulty[0]!r:.100} and {len(faulty) - 1} more"
-    if notes is None:
-        raise ModelError(said)
-    notes.append(said)
+    fault = Fault(where, kind, faulty)
+    if faults is None:
+        raise ModelError(str(fault))
+    faults.append(fault)
 
 
 def finite(module: Any, where: str) -> None:

@@ -17,6 +17,19 @@ def controlnet(**changes: Any) -> Any:
     return ControlNetModel(**(size | changes))
 
 
+def union(**changes: Any) -> Any:
+    """For the U-Net of `tiny_families.sdxl`, of the published one's eight kinds."""
+    from diffusers import ControlNetUnionModel
+
+    size = {"cross_attention_dim": 40, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1,
+            "block_out_channels": (8, 16), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "conditioning_embedding_out_channels": (4, 4, 4), "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 68, "num_control_type": 8, "num_trans_channel": 8, "num_trans_head": 2,
+            "num_proj_channel": 8}  # fmt: skip
+    return ControlNetUnionModel(**(size | changes))
+
+
 def adapter() -> Any:
     """For the U-Net of `tiny_controls.STAGES`, whose pixels are 8 to one of the first features."""
     from diffusers import T2IAdapter

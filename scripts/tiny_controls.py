@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from PIL import Image
-from tiny_controlnets import adapter, controlnet, flux_controlnet, sana_controlnet, sd3_controlnet
+from tiny_controlnets import adapter, controlnet, flux_controlnet, sana_controlnet, sd3_controlnet, union
 from tiny_families import MADE, sdxl
-from tiny_texts import eye, lively
+from tiny_texts import eye, lively, siglip
 
 from ldm_pipe import Noise, Pipeline
 from ldm_pipe.doors.controls import Controls
@@ -23,6 +23,8 @@ PROMPT, NEGATIVE, STEPS, SEED, SCALE = "a red fox on blue", "low quality", 5, 7,
 HEIGHT, WIDTH = 32, 64  # not square: sides that are swapped show
 GREYS = Image.linear_gradient("L").resize((WIDTH, HEIGHT))
 PICTURE = Image.merge("RGB", (GREYS.rotate(90), GREYS, GREYS.rotate(180)))
+MASK = Image.linear_gradient("L").rotate(90).resize((90, 50)).convert("RGB")  # white to the right, of another size
+FACE = torch.sin(torch.arange(12.0))[None]
 # The U-Net of the published XL in small: no attention in its first stage, two layers deep in the last one.
 STAGES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -36,7 +38,7 @@ class Case:
     """A control beside a model. model: makes diffusers' pipeline of it; pipeline: the class that runs it under the control;
     saved: writes the control into a folder and says what --control is given; beside: what the class is given of that folder;
     given: what the call is given; ready: is done to the pipeline first; fields: what --set control... is given; settings:
-    of our run, in the place of the usual ones."""
+    of our run, in the place of the usual ones; pictures: that it reads."""
 
     model: Callable[[], Any]
     pipeline: str
@@ -46,6 +48,7 @@ class Case:
     ready: Callable[[Any, Path], None] = lambda pipe, folder: None
     fields: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    pictures: int = 1
 
 
 def both(name: str, place: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +64,7 @@ def both(name: str, place: Path) -> tuple[torch.Tensor, torch.Tensor]:
     settings |= {"height": HEIGHT, "width": WIDTH} | ({} if flow else {"sampler": "ddim", "spacing": "leading"}) | case.settings
     whole = pipe.plan(PROMPT, **settings)
     start = Noise((SEED,), whole.shape).start()
-    whole = Controls.of([text], 1, [0.6], case.fields).applied(pipe, whole, [PICTURE])
+    whole = Controls.of([text], case.pictures, [0.6], case.fields).applied(pipe, whole, [PICTURE][: case.pictures])
     return next(pipe.run(whole)).latents, theirs(case, folder, control, start, flow)
 
 
@@ -105,21 +108,37 @@ def read(part: str, name: str) -> Callable[[Path], dict[str, Any]]:
     return lambda folder: {part: getattr(diffusers, name).from_pretrained(folder)}
 
 
-def image_prompt(form: str, width: int, layers: tuple[int, ...]) -> Callable[[Path], str]:
-    """What saves an IP-Adapter's file for tokens of `width` and attentions of these widths, and a CLIP of 28 pixels."""
+def low_ranks(number: int, channels: int, width: int) -> dict[str, torch.Tensor]:
+    """What a file for faces adds to the two attentions of a layer, to the image and to tokens of `width`."""
+    found = {}
+    for k, source in ((2 * number, channels), (2 * number + 1, width)):
+        for layer, inside in (("to_q", channels), ("to_k", source), ("to_v", source), ("to_out", channels)):
+            name = f"ip_adapter.{k}.{layer}_lora"
+            found |= {f"{name}.down.weight": torch.randn(3, inside) * 0.3, f"{name}.up.weight": torch.randn(channels, 3) * 0.3}
+    return found
+
+
+def image_prompt(form: str, width: int, layers: tuple[int, ...], masked: bool = False) -> Callable[[Path], str]:
+    """What saves an IP-Adapter's file for tokens of `width` and attentions of these widths, and beside it a CLIP of 28 pixels,
+    a face and a mask."""
 
     def saved(folder: Path) -> str:
         from safetensors.torch import save_file
 
-        from ldm_pipe.networks.image_prompt import Base, Plus
+        from ldm_pipe.networks.image_prompt import Base, Face, Plus
 
         eye().save_pretrained(folder / "image_encoder")
-        made = lively(Base(12, width, 4) if form == "base" else Plus(16, width, (1, 5, 24), 4, 128, 96))
+        forms = {"base": lambda: Base(12, width, 4), "face": lambda: Face(12, 24, width, 4)}
+        made = lively(forms.get(form, lambda: Plus(16, width, (1, 5, 24), 4, 128, 96))())
         tensors = {f"image_proj.{n}": t.clone() for n, t in made.state_dict().items()}
         for k, channels in enumerate(layers):
             tensors |= {f"ip_adapter.{2 * k + 1}.to_{kind}_ip.weight": torch.randn(channels, width) * 0.3 for kind in "kv"}
+            tensors |= low_ranks(k, channels, width) if form == "face" else {}
         save_file(tensors, folder / f"{form}.safetensors")
-        return f"ip_adapter({folder / form}.safetensors, image_encoder={folder / 'image_encoder'})"
+        save_file({"face": FACE}, folder / "one.safetensors")
+        MASK.save(folder / "mask.png")
+        eyes = f"image_encoder={folder / 'image_encoder'}" if form != "face" else f"face={folder / 'one.safetensors'}"
+        return f"ip_adapter({folder / form}.safetensors, {eyes}{f', mask={folder}/mask.png' if masked else ''})"
 
     return saved
 
@@ -139,6 +158,37 @@ def flux_prompt(folder: Path) -> str:
     return f"ip_adapter({folder / 'flux.safetensors'})"
 
 
+def sd3_tensors() -> dict[str, torch.Tensor]:
+    """The tensors of an IP-Adapter for `tiny_families.sd3`, whose first block has two attentions."""
+    from ldm_pipe.networks.timed_prompt import Beside, Resampler
+
+    resampler = lively(Resampler(16, 32, (1, 5, 24), 4, 128, 96, 8))
+    tensors = {f"image_proj.{n}": t.clone() for n, t in resampler.state_dict().items()}
+    for k in range(3):
+        made = lively(Beside(32, 32, 24, 8))
+        drawn = {n: torch.randn_like(t) * 0.3 if t.ndim == 1 else t.clone() for n, t in made.state_dict().items()}
+        tensors |= {f"ip_adapter.{k}.{n}": t + (n.startswith("norm") and n.endswith("weight")) for n, t in drawn.items()}
+    return tensors
+
+
+def sd3_prompt(folder: Path) -> str:
+    """Saves it, and a SigLIP beside it."""
+    from safetensors.torch import save_file
+
+    siglip().save_pretrained(folder / "image_encoder")
+    size = '{"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}}'
+    (folder / "image_encoder" / "preprocessor_config.json").write_text(size)
+    save_file(sd3_tensors(), folder / "sd3.safetensors")
+    return f"ip_adapter({folder / 'sd3.safetensors'})"
+
+
+def sd3_loaded(pipe: Any, folder: Path) -> None:
+    """Gives diffusers' pipeline the same file."""
+    eyes = {"image_encoder_folder": str(folder / "image_encoder")}
+    pipe.load_ip_adapter(str(folder), weight_name="sd3.safetensors", subfolder="", local_files_only=True, **eyes)
+    pipe.set_ip_adapter_scale(0.6)
+
+
 def flux_loaded(pipe: Any, folder: Path) -> None:
     """Gives diffusers' pipeline the same file."""
     eyes = {"image_encoder_pretrained_model_name_or_path": str(folder / "image_encoder"), "image_encoder_subfolder": ""}
@@ -150,7 +200,8 @@ def loaded(form: str) -> Callable[[Any, Path], None]:
     """What gives diffusers' pipeline the same file."""
 
     def ready(pipe: Any, folder: Path) -> None:
-        pipe.load_ip_adapter(str(folder), subfolder="", weight_name=f"{form}.safetensors", local_files_only=True)
+        eyes = {"image_encoder_folder": None} if form == "face" else {}
+        pipe.load_ip_adapter(str(folder), subfolder="", weight_name=f"{form}.safetensors", local_files_only=True, **eyes)
         pipe.set_ip_adapter_scale(0.6)
 
     return ready
@@ -159,7 +210,17 @@ def loaded(form: str) -> Callable[[Any, Path], None]:
 def ip_adapter(family: Callable[[], Any], pipeline: str, form: str, width: int, layers: tuple[int, ...]) -> Case:
     """A case of an IP-Adapter."""
     prompt = {"ip_adapter_image": PICTURE}
-    return Case(family, pipeline, image_prompt(form, width, layers), given=prompt, ready=loaded(form))
+    prompt = {"ip_adapter_image_embeds": [torch.stack([FACE * 0, FACE])]} if form == "face" else prompt
+    return Case(family, pipeline, image_prompt(form, width, layers), given=prompt, ready=loaded(form), pictures=form != "face")
+
+
+def masked(case: Case, saved: Callable[[Path], str]) -> Case:
+    """The case with a mask, as diffusers' own processor makes it."""
+    from diffusers.image_processor import IPAdapterMaskProcessor
+
+    mask = IPAdapterMaskProcessor().preprocess([MASK], height=HEIGHT, width=WIDTH)
+    given = {**case.given, "cross_attention_kwargs": {"ip_adapter_masks": [mask.reshape(1, 1, HEIGHT, WIDTH)]}}
+    return replace(case, saved=saved, given=given)
 
 
 def flux_case(make: Callable[[], Any], mode: int | None) -> Case:
@@ -186,8 +247,19 @@ CASES: dict[str, Case] = {
     "sd ip-adapter plus": ip_adapter(MADE["sd"], "StableDiffusionPipeline", "plus", 16, SMALL),
     "sdxl ip-adapter": ip_adapter(lambda: sdxl(**STAGES), "StableDiffusionXLPipeline", "base", 40, DEEP),
     "sdxl ip-adapter plus": ip_adapter(lambda: sdxl(**STAGES), "StableDiffusionXLPipeline", "plus", 40, DEEP),
+    "sd ip-adapter, masked": masked(
+        ip_adapter(MADE["sd"], "StableDiffusionPipeline", "plus", 16, SMALL), image_prompt("plus", 16, SMALL, True)
+    ),
+    "sd ip-adapter face": ip_adapter(MADE["sd"], "StableDiffusionPipeline", "face", 16, SMALL),
+    "sdxl ip-adapter face, masked": masked(
+        ip_adapter(lambda: sdxl(**STAGES), "StableDiffusionXLPipeline", "face", 40, DEEP), image_prompt("face", 40, DEEP, True)
+    ),
     "sdxl controlnet": Case(
         MADE["sdxl"], "StableDiffusionXLControlNetPipeline", written(controlnet), read("controlnet", "ControlNetModel"), HINT
+    ),
+    "sdxl controlnet, union": Case(
+        MADE["sdxl"], "StableDiffusionXLControlNetUnionPipeline", written(union), read("controlnet", "ControlNetUnionModel"),
+        {"control_image": PICTURE, "control_mode": 4, "controlnet_conditioning_scale": 0.6}, fields={"mode": "normal"},
     ),
     "sdxl t2i-adapter": Case(
         lambda: sdxl(**STAGES), "StableDiffusionXLAdapterPipeline", written(adapter), read("adapter", "T2IAdapter"),
@@ -195,6 +267,9 @@ CASES: dict[str, Case] = {
     ),
     "sd3 controlnet": sd3_case(),
     "sd3 controlnet, pooled": sd3_case(force_zeros_for_pooled_projection=False),
+    "sd3 ip-adapter": Case(
+        MADE["sd3"], "StableDiffusion3Pipeline", sd3_prompt, given={"ip_adapter_image": PICTURE}, ready=sd3_loaded
+    ),
     "sana controlnet": Case(
         MADE["sana"], "SanaControlNetPipeline", written(sana_controlnet, 0.5), read("controlnet", "SanaControlNetModel"),
         {"control_image": PICTURE, "controlnet_conditioning_scale": 0.6, "num_inference_steps": 3, **PLAIN},

@@ -31,6 +31,14 @@ def eye() -> Any:
     return lively(CLIPVisionModelWithProjection(CLIPVisionConfig(**size, image_size=28, patch_size=14, projection_dim=12)))
 
 
+def siglip() -> Any:
+    """SigLIP's image encoder: 28 pixels a side, states of 16 channels."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return lively(SiglipVisionModel(SiglipVisionConfig(**size, image_size=28, patch_size=14)))
+
+
 def t5() -> tuple[Any, Any]:
     """(tokenizer, encoder) of T5, a unigram model of letters and a few words."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer

@@ -9,7 +9,7 @@ from itertools import groupby
 import pytest
 
 from ldm_pipe.errors import UsageError
-from ldm_pipe.grammar import head, parse, spoken, written
+from ldm_pipe.grammar import parse, spoken, written
 from ldm_pipe.prompt import Branch, Break, Items, Prompt, Run, Switch, Turns
 
 # The examples that the web UI documents for its own parser, one step of a prompt without schedules.
@@ -78,7 +78,7 @@ def test_schedules_are_those_of_the_web_ui(text: str) -> None:
 def test_a_prompt_without_signs_is_itself() -> None:
     for text in ("", " ", "a  fox, on\ta blue-ish background! ", "10:30 | and break", "über\ud800\0"):
         assert (runs(text), parse(text).plain) == ([(text, 1.0)] if text else [], True)
-        assert spoken(text) == head(text) == written(parse(text)) == text
+        assert spoken(text) == written(parse(text)) == text
         assert parse(text).notes == ()
 
 
@@ -91,7 +91,6 @@ def test_break_and_and() -> None:
     assert prompt.weights == (1.2, -0.5, 1.0, 1.0)
     assert [w.text for w in prompt.at(0, 1)] == ["a fox", "a hat", "10:30", "AND"]
     assert spoken("a [fox:cat:0.5] AND (b)") == "a fox b"
-    assert (head("a (fox) BREAK b AND c"), head("a (fox)", plain=True)) == ("a fox", "a (fox)")
     assert parse("a AND b", joins=False).at(0, 1)[0].text == "a AND b"
     assert parse("SAND BREAKER a fox :1.2").plain
 

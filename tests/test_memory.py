@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import memory
+from ldm_pipe import cli, memory, recipe, replay
 from ldm_pipe.codec import Identity
-from ldm_pipe.errors import EnvironmentFault
+from ldm_pipe.errors import EnvironmentFault, UsageError
 from ldm_pipe.image import to_tensor
 from ldm_pipe.pipeline import Pipeline
 
@@ -93,14 +93,86 @@ def test_the_decoder_takes_slices_then_tiles(tiny: Tiny, images: float, how: str
     latents, said = torch.randn(2, 4, 16, 16), list[str]()
     whole = codec.decode(latents)
     object.__setattr__(codec, "decode", short(int(images * latents[0].numel()), codec.decode))
-    out = memory.decode(codec, latents, said.append)
-    assert said == [f"memory ran out in the decoder; the images are decoded {how}"]
+    out, tile = memory.decode(codec, latents, said.append)
+    assert said == [f"the images are decoded {how}: memory ran out in the decoder"]
     assert out.shape == whole.shape
+    assert tile == (0 if images == 1 else 8)
     if images == 1:
         torch.testing.assert_close(out, whole)
     object.__setattr__(codec, "decode", short(0, codec.decode))
     with pytest.raises(EnvironmentFault, match="smallest tiles"):
         memory.decode(codec, latents, said.append)
+
+
+@pytest.mark.parametrize(
+    ("room", "how", "tile"),
+    [
+        (3, "", 0),
+        (2, "", 0),
+        (1.9, "image by image", 0),
+        (1, "image by image", 0),
+        (0.9, "in tiles of 48 pixels", 12),
+        (0.01, "in tiles of 32 pixels", 8),
+    ],
+)
+def test_a_forecast_says_how_to_decode(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, room: float, how: str, tile: int) -> None:
+    """room: as a share of what one image needs. What is not expected to fit is not tried; below a size nothing is asked."""
+    codec = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32").bundle.codec
+    latents, said, sizes = torch.randn(2, 4, 24, 16), list[str](), list[tuple[int, ...]]()
+    need = memory.of_decoding(codec, latents)
+    assert need == memory.LIVE * 8 * codec.factor**2 * 4  # eight channels of fp32 are the widest at full size
+    real = codec.decode
+    object.__setattr__(codec, "decode", lambda x: sizes.append(tuple(x.shape)) or real(x))
+    monkeypatch.setattr(memory, "free", lambda device: int(room * need * 24 * 16))
+    memory.decode(codec, latents, said.append)
+    assert sizes == [(2, 4, 24, 16)]
+    monkeypatch.setattr(memory, "ASKED", 24 * 16 * codec.factor**2)
+    sizes.clear()
+    _, used = memory.decode(codec, latents, said.append)
+    assert used == tile
+    asked = [s for s in sizes if s != (1, 4, 8, 8) or tile == 8]
+    assert max(s[0] * s[2] * s[3] for s in asked) <= max(room * 24 * 16, 64)
+    assert len(said) == bool(how)
+    if how:
+        assert said[0].startswith(f"the images are decoded {how}: at once they need about 0.0 GiB of memory and 0.0 are free")
+
+
+def test_a_tiled_image_is_replayed_in_tiles(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit, on a machine where it would fit whole; --show, --check and a note tell of the tiles."""
+    file, there = tmp_path / "a.png", ["--model", str(tiny("eps")), "--device", "cpu"]
+    codec = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32").bundle.codec
+    with monkeypatch.context() as small:
+        need = memory.of_decoding(codec, torch.zeros(1, 4, 8, 8)) * 16 * 16
+        small.setattr(memory, "ASKED", 0)
+        small.setattr(memory, "free", lambda device: need / 2)
+        size = ["--width", "64", "--height", "64"]
+        assert cli.main([*there, "-p", "a fox", "--seed", "1", *size, "--steps", "2", "-o", str(file)]) == 0
+        assert "note: the images are decoded in tiles of 32 pixels: at once they need" in capsys.readouterr().err
+        assert cli.main([*there, "--check", *size]) == 0
+        assert "MiB, so it is decoded in tiles of 32 pixels\n" in capsys.readouterr().out
+    made = recipe.read(file)
+    assert made.tile == 8
+    assert "decoded:         in tiles of 8 latent pixels" in made.summary()
+    assert cli.main(["--replay", str(file), "--verify", *there]) == 0
+    assert capsys.readouterr().out == f"{file}: bit-equal\n"
+    whole = replace(made, tile=0)
+    pipe = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32")
+    verdict = replay.verify(file, made, replay.again(whole, pipe), pipe)
+    assert verdict.largest > 0
+    assert verdict.facts == ("tile: 8 -> 0",)
+    with pytest.raises(UsageError, match="tiles of 0 to"):
+        replace(made, tile=-1)
+
+
+def test_each_batch_says_its_tiles(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out in the second batch alone tells of tiles there alone."""
+    answers = iter([0, 0, 8])
+    monkeypatch.setattr(memory, "decode", lambda codec, x, say, tile: (codec.decode(x), next(answers)))
+    out = pipe(PROMPTS, seed=3, batch_size=2)
+    assert out.tiles == (0, 0, 0, 0, 8)
+    assert [replay.recipe_of(out, pipe, k).tile for k in (0, 4)] == [0, 8]
 
 
 def test_other_errors_are_not_swallowed() -> None:

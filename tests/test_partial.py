@@ -7,12 +7,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm_pipe import ModelError, Pipeline, cli, load, lora, weights
+from ldm_pipe import ModelError, Pipeline, cli, load, lora, recipe, weights
 from ldm_pipe.doors.adapters import Adapters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -111,6 +112,48 @@ def test_the_flag_says_what_was_missing(copy: Path, tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "loaded with warnings" in said
     assert "warning: model/unet: unexpected tensor 'evil'" in said
+
+
+def test_the_recipe_tells_of_it(
+    copy: Path, tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many tensors and the first names: --show, --replay and --verify say them; the same load gives the same image."""
+
+    def lose(t: Tensors) -> None:
+        incomplete(t)
+        del t["time_embedding.linear_2.bias"]
+
+    damage(copy, lose)
+    image, there = tmp_path / "a.png", ["--model", str(copy), "--device", "cpu"]
+    assert cli.main([*there, "-p", "a fox", "--seed", "1", "--steps", "2", "-o", str(image), "--allow-partial"]) == 0
+    made = recipe.read(image)
+    names = ["conv_in.weight", "conv_norm_out.weight", "time_embedding.linear_1.bias"]
+    assert made.partial[0] == {"part": "model/unet", "fault": "missing", "count": 4, "first": names}
+    assert [row["fault"] for row in made.partial] == ["missing", "unexpected", "mismatched"]
+    lacking = "4 missing in model/unet (conv_in.weight, conv_norm_out.weight, time_embedding.linear_1.bias, ...)"
+    assert made.lacking() == f"{lacking}; 1 unexpected in model/unet (evil); 1 mismatched in model/unet (conv_in.bias)"
+    capsys.readouterr()
+    assert cli.main(["--show", str(image)]) == 0
+    assert f"partial load:    {lacking}" in capsys.readouterr().out
+    again = ["--replay", str(image), "--verify", *there]
+    assert cli.main([*again, "--allow-partial"]) == 0
+    out, said = capsys.readouterr()
+    assert out.endswith(": bit-equal\n")
+    assert f"note: the image was made by a model whose tensors did not all fit, under --allow-partial: {lacking}" in said
+    assert cli.main(again) == 2
+    said = capsys.readouterr().err
+    assert "under --allow-partial" in said  # beside the refusal
+    assert "missing tensor 'conv_in.weight'" in said
+    whole = ["--replay", str(image), "--verify", "--model", str(tiny("eps")), "--device", "cpu"]
+    assert cli.main(whole) == 1
+    assert "tensors that did not fit: 4 missing (conv_in.weight, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [{}, {"first": 3, "count": []}, {"first": ["a" * 999], "fault": {}, "count": 10**99}])
+def test_a_foreign_recipe_may_hold_anything_there(row: dict[str, Any]) -> None:
+    assert len(recipe.Recipe("a fox", 1, partial=(row,)).lacking()) < 300
+    assert recipe.Recipe("a fox", 1).lacking() == ""
+    assert "partial" not in recipe.Recipe("a fox", 1).summary()
 
 
 def test_a_lora_that_fits_in_part(copy: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     "log_prob": Sum(), "by": Sum(), "below": 0.2, "experts": (Sum(),), "hint": torch.zeros(1, 3, 8, 8),
     "network": torch.nn.Identity(), "features": (torch.zeros(1, 4, 8, 8),), "direction": torch.ones(4),
     "fit": Fit("ddim", 0, 5.0, (), (), ()), "tokens": torch.zeros(1, 4, 16), "absent": torch.zeros(1, 4, 16), "weights": (),
+    "adapter": torch.nn.Identity(), "states": torch.zeros(1, 4, 16),
 }  # fmt: skip
 EVERY = [(kind, name) for kind, names in registry.KINDS.items() for name in names]
 every = pytest.mark.parametrize(("kind", "name"), EVERY)

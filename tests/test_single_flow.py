@@ -200,6 +200,7 @@ def test_what_is_missing_is_named_with_its_flag(made: Callable[..., tuple[Path, 
         ({"model.diffusion_model.img_in.weight": None}, r"single.safetensors \(transformer\): missing tensor 'img_in.weight'"),
         ({"model.diffusion_model.evil.weight": torch.zeros(1)}, "unexpected tensor 'model.diffusion_model.evil.weight'"),
         ({"evil": torch.zeros(1)}, "unexpected tensor 'evil'"),
+        ({"model.diffusion_model.img_in.weight": torch.zeros(3)}, "or one of another shape"),
         ({"model.diffusion_model.single_blocks.0.linear1.bias": torch.zeros(5)}, "mismatched tensor"),
         ({"model.diffusion_model.img_in.bias": torch.full((32,), torch.nan)}, "NaN or Inf"),
     ):
@@ -217,6 +218,110 @@ def test_sd3_runs_without_t5_and_says_so(made: Callable[..., tuple[Path, Path]])
     assert bundle.notes == (
         "T5 is left out, which reads the prompt best; single.safetensors comes without T5: --text-encoder FOLDER names it",
     )
+
+
+def eight(file: Path, kind: torch.dtype, part: str = "") -> int:
+    """Rewrite the matrices of a file in 8 bits, where their names hold `part`; how many."""
+    held = load_file(file)
+    less = {n: t.to(kind) for n, t in held.items() if t.ndim > 1 and part in n}
+    save_file(held | less, file)
+    return len(less)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_8_bits_are_cast_up_and_said(
+    made: Callable[..., tuple[Path, Path]], tmp_path: Path, kind: torch.dtype
+) -> None:
+    """T5 in the file, the whole file, and T5 in a file of its own are what the same values are in 32 bits."""
+    folder, file = made("flux dev")
+    held = load_file(file)
+    save_file(
+        {n: t.to(kind).float() if t.ndim > 1 and "t5xxl" in n else t for n, t in held.items()}, tmp_path / "exact.safetensors"
+    )
+    words = {"tokenizer": folder / "tokenizer_2"}
+    exact = load(tmp_path / "exact.safetensors", **words)
+    tokens = exact.text(["a red fox"]).tokens
+    assert tokens is not None
+    assert not torch.equal(tokens, load(file, **words).text(["a red fox"]).tokens)  # type: ignore[arg-type]
+    stem = "text_encoders.t5xxl.transformer."
+    alone = {n.removeprefix(stem): t.to(kind) if t.ndim > 1 else t for n, t in held.items() if n.startswith(stem)}
+    save_file(alone, tmp_path / "t5.safetensors")
+    count, name = eight(file, kind, "t5xxl"), str(kind).removeprefix("torch.")
+    found = load(file, **words)
+    assert torch.equal(found.text(["a red fox"]).tokens, tokens)  # type: ignore[arg-type]
+    said = "holds {} tensors in {}, which are cast up; a file in 16 bits is more exact"
+    assert found.notes == (f"single.safetensors {said.format(count, name)}",)
+    write("flux dev", folder, file, ("text_encoder_2",))
+    beside = load(file, **words, text_encoder=tmp_path / "t5.safetensors")
+    assert torch.equal(beside.text(["a red fox"]).tokens, tokens)  # type: ignore[arg-type]
+    assert beside.notes == (f"t5.safetensors {said.format(count, name)}",)
+    eight(file, kind)
+    half = load(file, **words, text_encoder=tmp_path / "t5.safetensors", kind=lambda wide: torch.bfloat16)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert len(half.notes) == 2
+
+
+@pytest.mark.parametrize("name", ["scaled_fp8", "x.scale_weight", "x.weight_scale", "x.input_scale"])
+def test_scaled_weights_of_8_bits_are_refused(made: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str) -> None:
+    folder, file = made("flux dev")
+    held = {n: t.to(torch.float8_e4m3fn) if "img_in.weight" in n else t for n, t in load_file(file).items()}
+    save_file({**held, f"model.diffusion_model.{name}": torch.ones(1)}, file)
+    with pytest.raises(ModelError, match=f"its 8-bit tensors are scaled .*{name}'.*give the file in plain 8 bits, or in 16"):
+        load(file, tokenizer=folder / "tokenizer_2")
+    t5 = {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), name: torch.ones(1)}
+    save_file(t5, tmp_path / "t5.safetensors")
+    write("flux dev", folder, file, ("text_encoder_2",))
+    with pytest.raises(ModelError, match=f"t5.safetensors: its 8-bit tensors are scaled .*{name}"):
+        load(file, tokenizer=folder / "tokenizer_2", text_encoder=tmp_path / "t5.safetensors")
+
+
+def test_a_file_that_is_no_t5_is_refused(made: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    folder, file = made("flux dev")
+    write("flux dev", folder, file, ("text_encoder_2",))
+    save_file({"evil": torch.ones(1)}, tmp_path / "t5.safetensors")
+    (tmp_path / "t5.bin").write_bytes(b"x")
+    for name, words in (("t5.safetensors", "or the file of a T5; t5.safetensors holds 'evil'"), ("t5.bin", "may hold code")):
+        with pytest.raises(ModelError, match=words):
+            load(file, tokenizer=folder / "tokenizer_2", text_encoder=tmp_path / name)
+    with pytest.raises(ModelError, match="is not a folder or the file of a T5"):
+        load(file, tokenizer=folder / "tokenizer_2", text_encoder=tmp_path / "none")
+
+
+def test_a_folder_in_8_bits_stays_refused(made: Callable[..., tuple[Path, Path]]) -> None:
+    folder, _ = made("flux dev")
+    eight(folder / "vae" / "diffusion_pytorch_model.safetensors", torch.float8_e4m3fn)
+    with pytest.raises(ModelError, match="not floating point: tensor"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ("attention_y_norm.weight", "y_embedder.y_proj.fc1.weight", "blocks.0.attn.qkv.weight"),
+            "is Sana in its authors' .*Gemma",
+        ),
+        (
+            ("y_embedder.y_proj.fc1.weight", "blocks.0.attn.qkv.weight"),
+            "is PixArt in its authors' layout; give --model the folder",
+        ),
+        (("y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight"), "is DiT in its authors' layout"),
+        (("encoder.block.0.layer.0.SelfAttention.q.weight",), "is T5 alone; give it as --text-encoder beside"),
+        (("model.layers.0.pre_feedforward_layernorm.weight",), "is Gemma alone; .*of Sana, which holds it as text_encoder"),
+        (("model.layers.0.mlp.gate_proj.weight",), "is a language model alone"),
+        (("transformer_blocks.0.attn.to_q.weight",), "is one part of a model in diffusers' layout; give --model the folder"),
+        (
+            ("down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight"),
+            "is one part of a model in diffusers'",
+        ),
+        (("unet.down_blocks.0.x.lora_A.weight",), "is an adapter; give it as --lora beside a model"),
+        (("evil",), "is not a Stable Diffusion 1, 2 or XL file: it holds 'evil'"),
+    ],
+)
+def test_other_files_say_what_to_give(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=f"a.safetensors {words}"):
+        load(tmp_path / "a.safetensors")
 
 
 def test_the_published_configurations_have_the_published_sizes() -> None:

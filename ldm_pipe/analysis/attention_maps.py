@@ -2,7 +2,8 @@
 
 What the DAAM: Interpreting Stable Diffusion Using Cross Attention, Tang et al. 2022, arXiv 2210.04885, section 3.1. Where image
 and text attend in one row (Esser et al. 2024, arXiv 2403.03206, figure 2b), the map is that of the image's places over the
-tokens alone: the columns of the image are left out and the others sum to 1 again.
+tokens alone: the columns of the image are left out and the others sum to 1 again. So it is in Flux's single blocks, where the
+two are one row before the attention already.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class AttentionMaps:
     def __call__(self, denoise: Any) -> Any:
         """The denoiser, watched."""
         self.sums.clear()
-        joint = {n: [self._joint(m)] for n, m in self.network.named_modules() if getattr(m, "add_k_proj", None) is not None}
+        modules = dict(self.network.named_modules())
+        joint = {n: [self._joint(m)] for n, m in modules.items() if getattr(m, "add_k_proj", None) is not None}
+        for name in (n for n in modules if n.split(".")[-2:-1] == ["single_transformer_blocks"]):
+            tokens: list[int] = []
+            joint |= {name: [_counted(tokens)], f"{name}.attn": [self._single(modules[f"{name}.attn"], tokens)]}
 
         def watched(x: Tensor, level: Level) -> Any:
             with changed(self.network, joint) if joint else attention_rule(self.network, self._see):
@@ -61,6 +66,19 @@ class AttentionMaps:
 
         return seen
 
+    def _single(self, module: Any, tokens: Sequence[int]) -> Change:
+        """The same for an attention that is given both in one row, the text's `tokens` first."""
+
+        def seen(call: Callable[..., Any], *, hidden_states: Tensor, **given: Any) -> Any:
+            (count,), part = tokens, ROWS.get().of(self.branch)
+            shape = _shape(self.size, hidden_states.shape[1] - count)
+            if part is not None and shape is not None:
+                text, image = hidden_states[part].tensor_split([count], dim=1)
+                self._add(shape, joint_maps(module, image, text, given.get("image_rotary_emb")))
+            return call(hidden_states=hidden_states, **given)
+
+        return seen
+
     def _add(self, shape: tuple[int, int], maps: Tensor) -> None:
         """maps: [B,L,M]."""
         total, count = self.sums.get(shape, (torch.zeros_like(maps), 0))
@@ -80,14 +98,27 @@ class AttentionMaps:
         return F.interpolate(total, size=self.size, mode="bicubic", align_corners=False)
 
 
+def _counted(tokens: list[int]) -> Change:
+    """A change of a single block that notes how many tokens of text it is given."""
+
+    def counted(call: Callable[..., Any], *, encoder_hidden_states: Tensor, **given: Any) -> Any:
+        tokens[:] = [encoder_hidden_states.shape[1]]
+        return call(encoder_hidden_states=encoder_hidden_states, **given)
+
+    return counted
+
+
 @torch.no_grad()
 def joint_maps(module: Any, image: Tensor, text: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """[B,L,M]: how much image [B,L,C] looks at text [B,M,C] in a joint attention of diffusers, mean over the heads.
+    """[B,L,M]: how much image [B,L,C] looks at text [B,M,C] in a joint attention of diffusers, mean over the heads. The keys of
+    the text are of a layer of their own, where it has one.
 
     places: cosines and sines [M+L,D] that turn queries and keys (Su et al. 2021, arXiv 2104.09864, eq. 34), the text's first.
     """
-    q, k = split(module.to_q(image), module.heads), split(module.add_k_proj(text), module.heads)
-    q, k = (t if norm is None else norm(t) for norm, t in ((module.norm_q, q), (module.norm_added_k, k)))
+    apart = getattr(module, "add_k_proj", None)
+    keys, norm_k = (module.to_k, module.norm_k) if apart is None else (apart, module.norm_added_k)
+    q, k = split(module.to_q(image), module.heads), split(keys(text), module.heads)
+    q, k = (t if norm is None else norm(t) for norm, t in ((module.norm_q, q), (norm_k, k)))
     if places is not None:
         count = text.shape[1]
         q, k = (_turned(t, *(p[part] for p in places)) for t, part in ((q, slice(count, None)), (k, slice(count))))

@@ -1,7 +1,8 @@
 """Adding Conditional Control to Text-to-Image Diffusion Models, Zhang et al. 2023, arXiv 2302.05543, section 3.2-3.4.
 
 A second network reads x, the tokens and a picture, and what it gives joins every skip and the middle of the U-Net. Guess mode
-(section 3.4 and appendix) leaves the unconditional branch alone and weakens the shallow layers.
+(section 3.4 and appendix) leaves the unconditional branch alone and weakens the shallow layers. A union network was trained on
+several kinds of pictures and is told which one it is (ControlNet++, xinsir 2024, https://github.com/xinsir6/ControlNetPlus).
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.cond import ROWS
-from ldm_pipe.errors import check_interval
+from ldm_pipe.errors import UsageError, check_interval
 from ldm_pipe.level import inside
 from ldm_pipe.patch import Change, Patch, Run, changed, check_unet
 from ldm_pipe.reuse import Reuse
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
+# The number of each kind of picture, as the published union networks of Stable Diffusion XL have them.
+KINDS = {
+    "pose": 0, "depth": 1, "hed": 2, "scribble": 2, "canny": 3, "lineart": 3, "mlsd": 3, "normal": 4, "segment": 5, "tile": 6,
+    "repaint": 7,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class ControlNet(Patch):
     """Add what a ControlNet makes of a picture to the U-Net's skips and middle.
 
-    network: a ControlNetModel of diffusers, for a U-Net of its shape. hint: the picture [1,C,H,W] in 0..1, of the size of the
+    network: a ControlNetModel or ControlNetUnionModel of diffusers, for a U-Net of its shape. kind: of picture, one of `KINDS`,
+    which a union network is told. hint: the picture [1,C,H,W] in 0..1, of the size of the
     image. It acts while the noise u is in lo <= u < hi (hi = 1 includes u = 1). guess: without the prompt's help. keys: the
     steps at which it is computed, its last residuals in between (encoder propagation needs it at its own key steps alone);
     None is all. Several add up.
@@ -39,6 +46,7 @@ class ControlNet(Patch):
     hi: float = 1.0
     guess: bool = False
     keys: tuple[int, ...] | None = None
+    kind: str = ""
     neutral: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
 
     def __post_init__(self) -> None:
@@ -47,6 +55,7 @@ class ControlNet(Patch):
     def changes(self, network: nn.Module, run: Run) -> Mapping[str, Change]:
         """A change around the network, which is given the residuals."""
         check_unet(network, "controlnet")
+        self._check_kind()
         keep = Reuse(run.index, tuple(range(run.steps)) if self.keys is None else self.keys).changes(["control"])["control"]
         picture: list[Tensor] = []
 
@@ -68,6 +77,21 @@ class ControlNet(Patch):
 
         return {"": controlled}
 
+    def _check_kind(self) -> None:
+        """Raise UsageError where the kind of picture is not one that the network was trained on."""
+        count = getattr(self.network.config, "num_control_type", 0)
+        known = [word for word, number in KINDS.items() if number < count]
+        if self.kind not in (known or [""]):
+            raise UsageError("controlnet: this network takes " + (f"a mode: {', '.join(known)}" if known else "no mode"))
+
+    def _told(self, hint: Tensor) -> dict[str, Any]:
+        """The picture [B,3,H,W] as the network is given it: a union's stands in a list beside its kind, marked in a row."""
+        if not self.kind:
+            return {"controlnet_cond": hint}
+        marks = hint.new_zeros(len(hint), self.network.config.num_control_type)
+        marks[:, KINDS[self.kind]] = 1
+        return {"controlnet_cond": [hint], "control_type": marks, "control_type_idx": [KINDS[self.kind]]}
+
     def _residuals(self, x: Tensor, time: Tensor, given: Mapping[str, Any]) -> Residuals:
         """Of every row of x; in guess mode zeros for the unconditional branch."""
         names = ("encoder_hidden_states", "timestep_cond", "added_cond_kwargs")
@@ -82,8 +106,8 @@ class ControlNet(Patch):
         inside = x[part, :channels]
         hint = self.hint.to(x).expand(len(inside), -1, -1, -1)
         down, mid = self.network(
-            inside, time.expand(len(x))[part], controlnet_cond=hint, conditioning_scale=self.scale, guess_mode=self.guess,
-            return_dict=False, **taken,
+            inside, time.expand(len(x))[part], conditioning_scale=float(self.scale), guess_mode=self.guess, return_dict=False,
+            **self._told(hint), **taken,
         )  # fmt: skip
         if left is None:
             return tuple(down), mid

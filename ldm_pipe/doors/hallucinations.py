@@ -97,4 +97,5 @@ class Row(NamedTuple):
     def one(self) -> Output:
         """The image alone."""
         here = slice(self.place, self.place + 1)
-        return replace(self.out, **{n: getattr(self.out, n)[here] for n in ("images", "latents", "seeds", "prompts", "places")})
+        names = ("images", "latents", "seeds", "prompts", "places", "tiles")
+        return replace(self.out, **{n: getattr(self.out, n)[here] for n in names})

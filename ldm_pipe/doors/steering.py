@@ -1,13 +1,12 @@
-"""What a `--control` names, read: ControlNets and T2I-Adapters in diffusers' layout, IP-Adapters from their files.
+"""What a `--control` names, read: ControlNets and T2I-Adapters in diffusers' layout.
 
 A network that is new here is a row in `MAKERS`: the class that its config.json names, and the patch that is made of it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,32 +20,45 @@ if TYPE_CHECKING:
     from ldm_pipe.patch import Patch
 
 FILE = "diffusion_pytorch_model.safetensors"
-PICTURE = re.compile(r"\s*ip_adapter\s*\(\s*([^,()]+?)\s*(?:,\s*(?:image_encoder\s*=\s*)?([^,()]+?)\s*)?\)\s*")
+OWNERS = {"guess": ("ControlNetModel", "ControlNetUnionModel"), "mode": ("ControlNetUnionModel", "FluxControlNetModel")}
 
 
 @dataclass(frozen=True)
 class Window:
     """How a control acts. lo, hi: while the noise u is in lo <= u < hi. guess: without the prompt's help (ControlNet).
     prepare: what is made of the picture first, at the size of the image: "canny", "grey" or nothing. mode: which kind of
-    picture it is, for a union network of Flux."""
+    picture it is, for a union network: a word such as "depth" for one of Stable Diffusion XL, a number for one of Flux; of
+    several controls one each, between commas, or one for all."""
 
     lo: float = 0.0
     hi: float = 1.0
     guess: bool = False
     prepare: str = ""
-    mode: int | None = None
+    mode: int | str | None = None
 
     def __post_init__(self) -> None:
         check_interval("control", self.lo, self.hi)
         if self.prepare and self.prepare not in PREPARE:
             raise UsageError("--set control.prepare: " + unknown("way to prepare a picture", self.prepare, PREPARE))
 
+    def of(self, number: int, count: int) -> Window:
+        """That of one of several controls, with its own mode. Raises UsageError where there are more or fewer modes."""
+        modes = self.mode.split(",") if isinstance(self.mode, str) else [self.mode]
+        if len(modes) == 1:
+            return self
+        if len(modes) != count:
+            got = f"got {len(modes)} for {count}"
+            raise UsageError(f"--set control.mode={self.mode}: give one for each --control, or one; {got}")
+        word = str(modes[number]).strip()
+        return replace(self, mode=int(word) if word.isdecimal() else word or None)
+
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A picture and what is to be made of it, for an image of `size` (width, height) on a device, in a dtype, under a codec."""
+    """A picture, where the control reads one, and what is to be made of it, for an image of `size` (width, height) on a device,
+    in a dtype, under a codec."""
 
-    picture: Image
+    picture: Image | None
     scale: float
     window: Window
     size: tuple[int, int]
@@ -59,6 +71,7 @@ class Asked:
         from ldm_pipe.editing.source import Source
         from ldm_pipe.image import to_tensor
 
+        assert self.picture is not None
         fitted = Source(self.picture).fitted(*self.size).picture
         return to_tensor([PREPARE[self.window.prepare](fitted) if self.window.prepare else fitted]).to(self.device)
 
@@ -81,28 +94,8 @@ class Found:
     patch: Callable[[Asked], Patch]
 
 
-def image_prompt(text: str) -> tuple[Path, Path] | None:
-    """(file, folder of the image encoder) of "ip_adapter(FILE, image_encoder=FOLDER)"; None where the text is no such call.
-
-    The folder is `image_encoder` beside the file where none is given. Raises UsageError on a call that is not of the form.
-    """
-    found = PICTURE.fullmatch(text)
-    if found is None:
-        if re.match(r"\s*ip_adapter\s*\(", text):
-            raise UsageError(f"--control {text!r:.120} is not of the form ip_adapter(FILE, image_encoder=FOLDER)")
-        return None
-    file, folder = (None if part is None else Path(part.strip("'\"")) for part in found.groups())
-    assert file is not None
-    return file, folder or file.parent / "image_encoder"
-
-
-def read(text: str) -> Found:
-    """What a `--control` names. Raises ModelError on a folder or a file that is none."""
-    call = image_prompt(text)
-    return _folder(Path(text)) if call is None else _ip_adapter(*call)
-
-
-def _folder(folder: Path) -> Found:
+def read(folder: Path) -> Found:
+    """The network of a folder. Raises ModelError on one that holds none."""
     import torch
 
     from ldm_pipe import configs, files, parts
@@ -120,35 +113,19 @@ def _folder(folder: Path) -> Found:
     sums = {"sha256": files.sha256(folder / FILE) if (folder / FILE).is_file() else ""}
 
     def patch(asked: Asked) -> Patch:
-        for field, owner in (("guess", "ControlNetModel"), ("mode", "FluxControlNetModel")):
-            if getattr(asked.window, field) not in (None, False) and name != owner:
-                raise UsageError(f"--set control.{field} goes with a {owner}, and {folder.name} is a {name}")
+        for field, owners in OWNERS.items():
+            if getattr(asked.window, field) not in (None, False) and name not in owners:
+                raise UsageError(f"--set control.{field} goes with a {' or a '.join(owners)}, and {folder.name} is a {name}")
         torch.nn.Module.to(network, asked.device, asked.dtype)  # diffusers' own warns of parts that none of these has
         return MAKERS[name](network, asked)
 
     return Found(folder.name, sums, patch)
 
 
-def _ip_adapter(file: Path, folder: Path) -> Found:
-    from ldm_pipe import files, lora, parts
-    from ldm_pipe.control.flux_ip_adapter import FluxIPAdapter
-    from ldm_pipe.control.ip_adapter import IPAdapter
-    from ldm_pipe.networks.image_prompt import ImageAdapter
-
-    adapter = ImageAdapter.of(lora.read(file)[0], file.name)
-    if not folder.is_dir():
-        raise ModelError(f"{file.name}: {str(folder)!r:.120} is no folder; image_encoder=FOLDER is the CLIP that it reads with")
-    tower = parts.vision(folder)
-    encoder = folder / parts.WEIGHTS["transformers"]
-    sums = {"sha256": files.sha256(file), "image_encoder": files.sha256(encoder) if encoder.is_file() else ""}
-    cls: Any = IPAdapter if len(adapter.weights[0]) == 2 else FluxIPAdapter
-    return Found(file.name, sums, lambda asked: cls.of(adapter, tower, [asked.picture], **asked.acts))
-
-
 def _controlnet(network: Any, asked: Asked) -> Patch:
     from ldm_pipe.control.controlnet import ControlNet
 
-    return ControlNet(network, asked.shown(), guess=asked.window.guess, **asked.acts)
+    return ControlNet(network, asked.shown(), guess=asked.window.guess, kind=str(asked.window.mode or ""), **asked.acts)
 
 
 def _t2i_adapter(network: Any, asked: Asked) -> Patch:
@@ -167,7 +144,10 @@ def _sd3(network: Any, asked: Asked) -> Patch:
 def _flux(network: Any, asked: Asked) -> Patch:
     from ldm_pipe.control.flux_controlnet import FluxControlNet
 
-    return FluxControlNet.of(network, asked.codec, asked.hint(), mode=asked.window.mode, **asked.acts)
+    mode = asked.window.mode
+    if isinstance(mode, str):
+        raise UsageError(f"--set control.mode={mode:.40}: a network of Flux takes a number, which its author's page tells")
+    return FluxControlNet.of(network, asked.codec, asked.hint(), mode=mode, **asked.acts)
 
 
 def _sana(network: Any, asked: Asked) -> Patch:
@@ -182,4 +162,5 @@ MAKERS: dict[str, Callable[[Any, Asked], Patch]] = {
     "SD3ControlNetModel": _sd3,
     "FluxControlNetModel": _flux,
     "SanaControlNetModel": _sana,
+    "ControlNetUnionModel": _controlnet,
 }

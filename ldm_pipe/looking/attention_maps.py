@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_pipe import files
 from ldm_pipe.errors import UsageError
-from ldm_pipe.grammar import head
+from ldm_pipe.grammar import FIRST, parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +37,7 @@ def recorded_in(folder: str, pipe: Pipeline, whole: Plan) -> Plan:
         pictures, maps = to_pil(images), watch.maps().float()
         for picture, found in zip(pictures, maps, strict=True):
             prompt, seed = whole.rows[done[0]]
-            words = of_words(found, _spans(readers, head(prompt, whole.given.plain_prompt), len(found)))
+            words = of_words(found, _spans(readers, _said(prompt, whole.given.plain_prompt), len(found)))
             lit = [_captioned(_lit(picture, m), word.split(" ")[1]) for word, m in words.items()]
             done[0] += 1
             out = io.BytesIO()
@@ -68,16 +68,19 @@ def _readers(text: Any) -> list[Any]:
     return [*clips[:1], *([t5] if t5 else [])]
 
 
-def _spans(readers: list[Any], prompt: str, count: int) -> dict[str, list[int]]:
-    """The words of a prompt, "3 word" for one, each with its places among `count` tokens; no signs, nor what is cut off."""
-    from ldm_pipe.tokens import places
+def _said(prompt: str, plain: bool) -> Any:
+    """What the encoders read of a prompt at its first step, of the parts that AND joins the first."""
+    return prompt if plain else parse(prompt).branches[0].at(*FIRST)
 
+
+def _spans(readers: list[Any], prompt: Any, count: int) -> dict[str, list[int]]:
+    """The words of a prompt, "3 word" for one, each with its places among `count` tokens, in all windows of a CLIP; no signs,
+    nor what is cut off."""
     found: dict[str, list[int]] = {}
     for number, reader in enumerate(readers):
         first = count - reader.window if number else 0  # the last ones are T5's, however many windows CLIP took
-        text = prompt.lower().strip() if getattr(reader, "lower", False) else prompt
-        for k, (word, span) in enumerate(places(reader.tokenizer, reader.window, text)):
-            if any(c.isalnum() for c in word):
+        for k, (word, span) in enumerate(reader.places(prompt)):
+            if len(span) and any(c.isalnum() for c in word):
                 found.setdefault(f"{k} {word}", []).extend(first + i for i in span)
     return found
 

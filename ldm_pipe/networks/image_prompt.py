@@ -21,6 +21,8 @@ from ldm_pipe.errors import ModelError
 PROJECTION, LAYERS = "image_proj.", "ip_adapter."
 HEAD = 64  # channels of a head of the resampler
 PAIR = re.compile(r"(\d{1,4})\.to_([kv])_ip\.weight")
+LOW = re.compile(r"(\d{1,4})\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+FACE_PLUS = "it reads CLIP's view of a face beside its vector (FaceID Plus), which is not supported; plain FaceID files are"
 
 
 class Base(nn.Module):
@@ -45,6 +47,19 @@ class Full(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """The tokens."""
         return self.proj(states)
+
+
+class Face(nn.Module):
+    """One vector [N,E] of a face recogniser -> a few tokens [N,M,D]: the "FaceID" files."""
+
+    def __init__(self, embed: int, inner: int, width: int, count: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(Linear(embed, inner), nn.GELU(), Linear(inner, count * width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """The tokens."""
+        return self.norm(self.proj(embeds).unflatten(1, (-1, self.norm.normalized_shape[0])))
 
 
 class _Reader(nn.Module):
@@ -91,17 +106,21 @@ class Plus(nn.Module):
 @dataclass(frozen=True, eq=False)
 class ImageAdapter:
     """An IP-Adapter. projection: makes the tokens; deep: of all of CLIP's states before the last layer, not of its one vector;
-    weights: (keys, values), [C,D] each, of every attention to the text, in the file's order; of Flux with biases."""
+    weights: (keys, values), [C,D] each, of every attention to the text, in the file's order; of Flux with biases. face: it
+    reads the vectors of a face recogniser. low: what is added to the layers of every attention, (down, up) by name."""
 
     projection: nn.Module
     deep: bool
     weights: tuple[tuple[Tensor, ...], ...]
+    face: bool = False
+    low: tuple[Mapping[str, tuple[Tensor, Tensor]], ...] = ()
 
     def __call__(self, seen: Tensor) -> Tensor:
         """[N,E] or [N,L,E] of pictures -> tokens [N,M,D]. Raises ModelError where another CLIP made them."""
         wanted = next(m.in_features for m in self.projection.modules() if isinstance(m, Linear))
         if seen.shape[-1] != wanted:
-            raise ModelError(f"the IP-Adapter reads pictures by vectors of {wanted}, this image encoder gives {seen.shape[-1]}")
+            what, who = ("faces", "the file") if self.face else ("pictures", "this image encoder")
+            raise ModelError(f"the IP-Adapter reads {what} by vectors of {wanted}, {who} gives {seen.shape[-1]}")
         tokens: Tensor = self.projection(seen.float())
         return tokens
 
@@ -116,12 +135,17 @@ class ImageAdapter:
         if other or not inside or not layers:
             found = f"holds {other[0]!r:.100}" if other else "lacks one of the two"
             raise ModelError(f"{where} is no IP-Adapter, whose tensors are image_proj... and ip_adapter...: it {found}")
-        pairs = _pairs(layers, where)
+        if any(n.startswith("perceiver_resampler.") for n in inside):
+            raise ModelError(f"{where}: {FACE_PLUS}")
+        face = "proj.2.weight" in inside and "norm.weight" in inside
+        lower = {n: t for n, t in layers.items() if face and LOW.fullmatch(n)}
+        pairs = _pairs({n: t for n, t in layers.items() if n not in lower}, where)
         try:
             build, deep = _build(inside, pairs[0][0].shape[1])
-        except (KeyError, IndexError, ZeroDivisionError) as error:
+        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"{where}: its image_proj... is none of the base, plus and full-face forms") from error
-        return cls(weights.filled(where, build, inside, {n: PROJECTION + n for n in inside}), deep, pairs)
+        projection = weights.filled(where, build, inside, {n: PROJECTION + n for n in inside})
+        return cls(projection, deep, pairs, face, _low(lower, 2 * len(pairs), where))
 
 
 def _flux(tensors: Mapping[str, Tensor], where: str) -> ImageAdapter:
@@ -139,7 +163,7 @@ def _flux(tensors: Mapping[str, Tensor], where: str) -> ImageAdapter:
         raise ModelError(f"{where}: mismatched tensors among double_blocks...; each is {list(shape)}")
     try:
         build, deep = _build(inside, shape[1])
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"{where}: its {head}... is none of the known forms") from error
     projection = weights.filled(where, build, inside, {n: head + n for n in inside})
     return ImageAdapter(projection, deep, tuple(tuple(tensors[n] for n in row) for row in rows))
@@ -157,6 +181,9 @@ def _build(t: Mapping[str, Tensor], width: int) -> tuple[Any, bool]:
     if "proj.3.weight" in t:
         inner, embed = t["proj.0.weight"].shape
         return (lambda: Full(embed, inner, width)), True
+    if "proj.2.weight" in t:
+        inner, embed = t["proj.0.weight"].shape
+        return (lambda: Face(embed, inner, width, len(t["proj.2.weight"]) // width)), False
     if "norm.weight" in t and "proj.weight" in t:
         out, embed = t["proj.weight"].shape
         return (lambda: Base(embed, width, out // width)), False
@@ -170,7 +197,7 @@ def _pairs(layers: Mapping[str, Tensor], where: str) -> tuple[tuple[Tensor, Tens
     wanted = [f"{2 * i + 1}.to_{kind}_ip.weight" for i in range(len(numbers)) for kind in "kv"]
     wrong = sorted(set(layers) - set(wanted)) or sorted(set(wanted) - set(layers))
     if wrong:
-        why = "; files for faces (FaceID) are not supported" if "lora" in wrong[0] else ""
+        why = "; files for faces (FaceID) alone have such" if "lora" in wrong[0] else ""
         raise ModelError(f"{where}: unexpected or missing tensor {LAYERS + wrong[0]!r:.100} and {len(wrong) - 1} more{why}")
     first = layers[wanted[0]]
     bad = [n for n in wanted if layers[n].ndim != 2 or first.ndim != 2 or layers[n].shape[1] != first.shape[1]]
@@ -178,3 +205,17 @@ def _pairs(layers: Mapping[str, Tensor], where: str) -> tuple[tuple[Tensor, Tens
     if bad:
         raise ModelError(f"{where}: mismatched tensor {LAYERS + bad[0]!r:.100} and {len(bad) - 1} more")
     return tuple((layers[k], layers[v]) for k, v in zip(wanted[::2], wanted[1::2], strict=True))
+
+
+def _low(found: Mapping[str, Tensor], count: int, where: str) -> tuple[dict[str, tuple[Tensor, Tensor]], ...]:
+    """Of each of `count` attentions (down, up) by the name of the layer; () where there are none."""
+    if not found:
+        return ()
+    layers = ("to_q", "to_k", "to_v", "to_out")
+    rows = [[(f"{k}.{n}_lora.down.weight", f"{k}.{n}_lora.up.weight") for n in layers] for k in range(count)]
+    wrong = sorted(set(found) ^ {name for row in rows for pair in row for name in pair})
+    wrong = wrong or [b for row in rows for a, b in row if found[a].ndim != 2 or found[b].shape[1:] != found[a].shape[:1]]
+    if wrong:
+        fault = "unexpected, missing or mismatched"
+        raise ModelError(f"{where}: {fault} tensor {LAYERS + wrong[0]!r:.100} and {len(wrong) - 1} more")
+    return tuple({n: (found[a], found[b]) for n, (a, b) in zip(layers, row, strict=True)} for row in rows)

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from ldm_pipe import UsageError
+from ldm_pipe.control.controlnet import KINDS, ControlNet
 from ldm_pipe.control.flux_controlnet import FluxControlNet
 from ldm_pipe.control.sana_controlnet import SanaControlNet
 from ldm_pipe.control.sd3_controlnet import SD3ControlNet
+from ldm_pipe.doors.controls import Controls
+from ldm_pipe.doors.steering import Window
 from ldm_pipe.level import Level
 from ldm_pipe.networks.flux import Flux
 from ldm_pipe.patch import Run
@@ -45,6 +48,42 @@ def test_a_union_network_is_told_the_kind() -> None:
     with pytest.raises(UsageError, match="told the guidance scale"):
         FluxControlNet(plain, hint).changes(schnell, run)
     assert set(FluxControlNet(plain, hint).changes(dev, run)) == {"transformer"}
+
+
+def test_a_union_network_of_xl_is_told_a_word(tmp_path: Path) -> None:
+    """Each kind of picture steers otherwise; one that it was not trained on, or none, is refused with those that it knows; two
+    networks add up as diffusers' do, each told its own."""
+    union, plain = controls.lively(controls.union(), 1.3), controls.controlnet()
+    model, hint = importlib.import_module("tiny_families").sdxl().unet, torch.rand(1, 3, 32, 64)
+    few = controls.union(num_control_type=6)
+    for network, kind, words in (
+        (union, "", "a mode: pose, depth, hed, scribble, canny, lineart, mlsd, normal, segment, tile, repaint"),
+        (union, "3", "a mode: pose"),
+        (few, "tile", "a mode: .*, normal, segment$"),
+        (plain, "pose", "no mode"),
+    ):
+        with pytest.raises(UsageError, match=f"this network takes {words}"):
+            ControlNet(network, hint, kind=kind).changes(model, Run((Level(0.1, 0.9), Level(1.0, 0.0))))
+    x, tokens, added = torch.randn(2, 4, 8, 16), torch.randn(2, 5, 40), {"text_embeds": torch.randn(2, 20)}
+    given = {"encoder_hidden_states": tokens, "added_cond_kwargs": {**added, "time_ids": torch.ones(2, 6)}}
+    found = {kind: ControlNet(union, hint, 0.7, kind=kind)._residuals(x, torch.tensor(9), given)[1] for kind in KINDS}
+    assert torch.equal(found["canny"], found["mlsd"])
+    numbers = {number: found[kind] for kind, number in KINDS.items()}
+    assert all(not torch.allclose(a, b, atol=1e-3) for i, a in numbers.items() for j, b in numbers.items() if i < j)
+    with torch.no_grad():
+        marks = torch.zeros(2, 8).index_fill_(1, torch.tensor(1), 1)
+        kinds = {"control_type": marks, "control_type_idx": [1]}
+        _, expected = union(x, 9, **given, controlnet_cond=[hint.expand(2, -1, -1, -1)], **kinds, return_dict=False)
+    torch.testing.assert_close(found["depth"], 0.7 * expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_control_has_its_own_mode() -> None:
+    window = Window(mode="depth, canny,")
+    assert [window.of(k, 3).mode for k in range(3)] == ["depth", "canny", None]
+    assert [Window(mode="2,tile").of(k, 2).mode for k in range(2)] == [2, "tile"]
+    assert Window(mode="depth").of(1, 3).mode == "depth"
+    with pytest.raises(UsageError, match="one for each --control, or one; got 3 for 2"):
+        Controls.of(["a", "b"], 2, (), {"mode": "depth,canny,"})
 
 
 def test_two_of_one_depth_add_up(tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ def test_what_does_not_fit_is_said_in_a_line(pipe: Pipeline, tmp_path: Path) -> 
     sdxl = {f"{stem}.lora_down.weight": torch.zeros(2, 2048), f"{stem}.lora_up.weight": torch.zeros(8, 2)}
     cases: list[tuple[dict[str, Tensor], str]] = [
         (sdxl, "made for Stable Diffusion XL, loaded is a model with text features of width 16"),
+        ({f"{stem}.hada_w1_b": torch.zeros(2, 1024)}, "made for Stable Diffusion 2, loaded is"),
         ({"lora_unet_nowhere.lora_up.weight": torch.zeros(8, 2)}, "nowhere.lora_up.weight' and 0 more find no layer"),
         ({"strange": torch.zeros(1)}, "'strange' and 0 more find no layer"),
         ({"lora_te3_x.lora_up.weight": torch.zeros(8, 2)}, "find no layer"),

@@ -23,6 +23,7 @@ from ldm_pipe.cli import main
 from ldm_pipe.doors.patches import SPEED, Patches
 from ldm_pipe.level import Level
 from ldm_pipe.networks.pixart import PixArt
+from ldm_pipe.networks.timed_prompt import TimedAdapter
 from ldm_pipe.networks.unet import UNet
 from ldm_pipe.patch import Patch, Patched, Run, changed, root
 from ldm_pipe.plan import patched
@@ -39,6 +40,7 @@ TRANSFORMERS = {
     "sd3_controlnet": "sd3",
     "sana_controlnet": "sana",
     "flux_ip_adapter": "flux dev",
+    "sd3_ip_adapter": "sd3",
 }
 UNETS = [n for n in NAMES if n not in TRANSFORMERS]
 END = {False: "conv_out", True: "transformer.proj_out"}  # the last layer of a U-Net and of a transformer
@@ -152,6 +154,13 @@ def flux_reference(pipe: Pipeline) -> dict[str, Any]:
     return {"tokens": tokens, "absent": absent, "weights": ((weights[0], biases[0], weights[1], biases[1]),)}
 
 
+def sd3_reference(pipe: Pipeline) -> dict[str, Any]:
+    """An adapter for the three attentions of the tiny SD3, and what an encoder saw of a picture."""
+    torch.manual_seed(8)
+    adapter = TimedAdapter.of(tiny_controls.sd3_tensors(), "file")
+    return {"adapter": adapter, "states": torch.randn(1, 4, 16)}
+
+
 def latents_of(name: str) -> Callable[[Pipeline], dict[str, Any]]:
     """A random ControlNet of a transformer, and the latents of a picture."""
 
@@ -165,7 +174,7 @@ def latents_of(name: str) -> Callable[[Pipeline], dict[str, Any]]:
 
 NEEDS = {"controlnet": controlnet, "h_space": direction, "t2i_adapter": adapter, "ip_adapter": reference}
 NEEDS |= {name: latents_of(name) for name in TRANSFORMERS if name.endswith("controlnet")}
-NEEDS["flux_ip_adapter"] = flux_reference
+NEEDS |= {"flux_ip_adapter": flux_reference, "sd3_ip_adapter": sd3_reference}
 
 
 # Fields that say when a patch acts, with values that say never; and what else of it acts at other times.
