@@ -39,14 +39,14 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("--output", type=Path, default=BUILTIN)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--sampler", default="dpm2m")
     parser.add_argument("--spacing", default="trailing")
     args = parser.parse_args()
     run = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler, "spacing": args.spacing}
     Defaults(size=(SIZE, SIZE), words=vocabulary(), **run)
     with files.new_folder(args.output, replace=True) as folder:
-        shutil.copytree(args.export, folder, dirs_exist_ok=True)
+        shutil.copytree(args.export, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))  # the run's card
         for file in sorted(folder.rglob("*.safetensors")):
             halve(file)
         defaults = {"size": [SIZE, SIZE], **run, "words": list(vocabulary())}

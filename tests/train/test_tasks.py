@@ -75,11 +75,15 @@ def test_the_untrained_network_starts_at_zero(stages: Path) -> None:
     assert loss.item() == pytest.approx((batch["noise"] - batch["x0"]).square().mean().item(), rel=1e-5)
 
 
-def test_training_goes_on_from_an_exported_model(stages: Path) -> None:
+def test_training_goes_on_from_an_exported_model(stages: Path, tmp_path: Path) -> None:
     folder = stages / "model" / "export"
     net = replace(latent(stages), start=str(folder)).net()
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(weights[n], t) for n, t in net.model.network.unet.state_dict().items())
+    again = tmp_path / "again"
+    again.mkdir()
+    replace(latent(stages), start=str(folder)).export(net, again)
+    assert str(stages) not in (again / "unet" / "config.json").read_text()  # no path of this machine
 
 
 def test_relations_come_after_order(stages: Path) -> None:

@@ -44,8 +44,8 @@ class Latent(Task):
     codec, text: exports of the stages before. scenes: how many are cached; each visit draws one of its captions anew.
     dropout: share of captions left empty. objective: a table, see train/objectives/objective.py.
     train_text: train the text encoder jointly (False: keep the contrastive one frozen). ground: weight of the loss that tells
-    the attention where each of two objects stands (train/objectives/grounding.py; needs the `parse` stage). start: a model folder whose U-Net and
-    text encoder are trained on, on the same codec ("": a fresh U-Net and the contrastive text encoder).
+    the attention where each of two objects stands (train/objectives/grounding.py; needs the `parse` stage). start: a model
+    folder whose U-Net and text encoder are trained on, on the same codec ("": a fresh U-Net and the text encoder of `text`).
     """
 
     codec: str
@@ -130,11 +130,19 @@ class Latent(Task):
     def export(self, net: Any, folder: Path) -> None:
         """Write a whole model: `unet/`, `text_encoder/`, copies of the other parts, and the index."""
         net.model.network.unet.save_pretrained(folder / "unet")
+        _forget_path(folder / "unet" / "config.json")
         net.text.save_pretrained(folder / "text_encoder")
         shutil.copytree(Path(self.codec) / "vae", folder / "vae")
         for part in ("tokenizer", "clip"):
             shutil.copytree(Path(self.text) / part, folder / part)
         write_index(folder)
+
+
+def _forget_path(config: Path) -> None:
+    """Take out where on this machine the weights were that training went on from: diffusers writes it down."""
+    told = json.loads(config.read_text())
+    told.pop("_name_or_path", None)
+    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
 
 
 def write_index(folder: Path) -> None:

@@ -163,7 +163,7 @@ def draw_scene(rng: np.random.Generator, kind: str, split: str = "train") -> Sce
     raise ValueError(f"{kind!r} is not a kind of scene; choose from {', '.join(KINDS)}")
 
 
-def scene_at(seed: int, index: int, shares: tuple[float, float, float] = (0.3, 0.42, 0.28)) -> tuple[Scene, str]:
+def scene_at(seed: int, index: int, shares: tuple[float, float, float] = (0.5, 0.25, 0.25)) -> tuple[Scene, str]:
     """Training scene number `index` of the stream `seed`, with one of its captions. `shares`: of the three kinds."""
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     scene = draw_scene(rng, KINDS[rng.choice(3, p=shares)])

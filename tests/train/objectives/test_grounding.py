@@ -1,4 +1,4 @@
-"""Grounding: attention to the right tokens is free, to the wrong ones it costs its cross-entropy; the network stays as it was."""
+"""Grounding: attention to the right tokens is free, to the wrong ones it costs its cross-entropy; the network is left alone."""
 
 from __future__ import annotations
 
