@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm_pipe.attention import split
+
 FLOOR = 1e-3  # attention below which no token is asked for more: the first steps stay bounded
 
 
@@ -27,7 +29,7 @@ class Maps(NamedTuple):
 
     def masses(self, named: Tensor) -> Tensor:
         """Attention of every cell to the tokens of each thing, over the heads' mean: named [B,S,L] of 0 and 1 -> [B,N,S]."""
-        q, k = (t.float().unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.queries, self.keys))
+        q, k = (split(t.float(), self.heads) for t in (self.queries, self.keys))
         shares = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # [B,heads,N,L]
         return (shares @ named.mT[:, None]).mean(1)
 

@@ -6,10 +6,10 @@ dropout of Classifier-Free Diffusion Guidance, Ho and Salimans 2022, arXiv 2207.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -118,13 +118,13 @@ class Latent(Task):
             scene, _ = scene_at(latents.seed, row)
             text = caption(scene, rng)
             words.append("" if rng.random() < self.dropout else text)
-            slots, where = placed(scene if words[-1] else None)
+            slots, box = placed(scene if words[-1] else None)
             named.append(slots)
-            boxes.append(where)
+            boxes.append(box)
             draws.append(objective.draw(rng, latents.shape))
         tokens = read_tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         drawn = {name: torch.from_numpy(np.stack([d[name] for d in draws])) for name in draws[0]}
-        where = {"named": torch.stack(named), "boxes": torch.stack(boxes)} if self.ground else {}
+        where: Batch = {"named": torch.stack(named), "boxes": torch.stack(boxes)} if self.ground else {}
         return {"x0": latents.take(rows), "tokens": tokens, **where, **drawn}
 
     def export(self, net: Any, folder: Path) -> None:
@@ -185,7 +185,9 @@ class LatentLoss(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """-> loss: mean squared error of the flow; its means over the noisy and the clean half of the levels; each, u: [B]."""
         tokens = self.text(batch["tokens"]).last_hidden_state
-        with watching(self.model.network.unet) if self.ground else nullcontext([]) as maps:
+        network: Any = self.model.network
+        with contextlib.ExitStack() as stack:
+            maps = stack.enter_context(watching(network.unet)) if self.ground else []
             terms = self.objective(self.model, batch["x0"], batch, Cond(tokens=tokens))
         noisy = (terms.u > 0.5).float()
         halves = {"noisy": _mean(terms.error, noisy), "clean": _mean(terms.error, 1 - noisy)}

@@ -88,6 +88,10 @@ class ParseLoss(nn.Module):
     own at a right angle to the main differences of words: by it attention tells one side from another.
     """
 
+    named: Tensor
+    offsets: Tensor
+    sides: Tensor
+
     def __init__(self, text: Any, before: Any, named: Tensor, keep: float) -> None:
         super().__init__()
         self.text, self.before, self.keep = text, before, keep
