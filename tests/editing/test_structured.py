@@ -135,7 +135,7 @@ def test_as_an_edit_it_moves_the_target_alone(pipe: Pipeline) -> None:
     assert torch.equal(out[0], one[0])
     assert not torch.allclose(out[1], out[0], atol=1e-3)
     assert not torch.allclose(out[1], one[1], atol=1e-3)
-    denoise = guided(model.branches(cond=text([PROMPT] * 2), uncond=text([""] * 2)), CFG(3))
+    denoise = guided(model.branches(cond=text([PROMPT] * 2), uncond=text([""] * 2)), CFG(pipe.bundle.defaults.guidance_scale))
     walk = levels.trailing(model.path, 3)
     plain = sample(denoise, noise.start(), walk, build("sampler", "dpm2m"), noise)
     assert torch.equal(out[0], plain[0])
