@@ -110,7 +110,7 @@ class Latent(Task):
         """x0, noise: [B,C,h,w]; normal: [B] for the level; tokens: [B,L]; named, boxes: what `grounding` takes; what else the
         objective draws."""
         latents, objective = self._cache(), self._objective()
-        rows, words, draws, named, boxes = [], [], [], [], []
+        rows, words, draws, told = [], [], [], []
         for i in ids:
             rng = np.random.Generator(np.random.Philox(key=[seed + 11, i]))
             row = latents.row(seed, i)
@@ -118,13 +118,12 @@ class Latent(Task):
             scene, _ = scene_at(latents.seed, row)
             text = caption(scene, rng)
             words.append("" if rng.random() < self.dropout else text)
-            slots, box = placed(scene if words[-1] else None)
-            named.append(slots)
-            boxes.append(box)
+            if self.ground:
+                told.append(placed(scene if words[-1] else None))
             draws.append(objective.draw(rng, latents.shape))
         tokens = read_tokenizer(self.text)(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         drawn = {name: torch.from_numpy(np.stack([d[name] for d in draws])) for name in draws[0]}
-        where: Batch = {"named": torch.stack(named), "boxes": torch.stack(boxes)} if self.ground else {}
+        where = dict(zip(("named", "boxes"), map(torch.stack, zip(*told, strict=True)), strict=False))  # {} where none is told
         return {"x0": latents.take(rows), "tokens": tokens, **where, **drawn}
 
     def export(self, net: Any, folder: Path) -> None:
