@@ -29,6 +29,7 @@ LIGHT = {
     "CLIPTextModelWithProjection": "ldm_pipe.networks.light_clip:with_projection",
 }
 TABLES, LARGEST_TABLE = ("sample_size", "pos_embed_max_size"), 512  # sides of tables of positions, computed while building
+OURS = {"LevelControlNet": "ldm_pipe.networks.level_controlnet"}  # classes that keep diffusers' ways and are not in it
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 CODECS: dict[str, Any] = {"AutoencoderKL": KLCodec, "AutoencoderDC": DCCodec, "AutoencoderTiny": TinyCodec}
 
@@ -163,7 +164,7 @@ def foreign(place: Path, library: str, name: str, how: weights.How = weights.STR
 
     where = f"{place.parent.name}/{place.name}"
     with weights.named(place), quiet():
-        cls = getattr(importlib.import_module(library), name)
+        cls = getattr(importlib.import_module(OURS.get(name, library)), name)
         held = weights.held(place, WEIGHTS[library])
         config = read_json(place / "config.json")
         _asks_no_more(config, held, where)

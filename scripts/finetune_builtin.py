@@ -1,9 +1,8 @@
 """Teach the built-in model something new, and measure what it learned and what it lost. Written to docs/results/.
 
-python scripts/finetune_builtin.py --job lora_style           # 400 steps; 360 took 3.5 minutes on one thread
-python scripts/finetune_builtin.py --job textual_inversion    # an object that no training scene showed, from 4 renders
-python scripts/finetune_builtin.py --job custom_diffusion
-python scripts/finetune_builtin.py --job lora_style --steps 4 --prompts 4 --no-write
+python scripts/finetune_builtin.py --job lora_style           # a few minutes each; --job again for several
+python scripts/finetune_builtin.py --job lora_style --set job.lr=1e-3 --set job.steps=200     # a row of the sweep
+python scripts/finetune_builtin.py --job lora_style --prompts 4 --output /tmp/look
 """
 
 from __future__ import annotations
@@ -11,11 +10,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lessons import WORD, of_style, of_subject, styled, subject
-from measuring import ROOT, write
+import lessons
+import marks
+import torch
+from measuring import ROOT, kept, write
 from PIL import Image
 
 from ldm_pipe import Pipeline, adapted, image
@@ -23,70 +27,184 @@ from train import recipe
 from train.loop import run
 
 LEVELS = {"name": "logit_normal", "mean": 1.0, "deviation": 1.2}  # those that the built-in model was trained with
+NEW, TOY = lessons.WORDS
 PRIOR = {"prior": "a cat on a red background", "prior_images": 40}
-JOBS: dict[str, dict[str, Any]] = {
-    "lora_style": {"recipe": "lora", "data": styled, "measure": of_style, "loras": ("pytorch_lora_weights.safetensors",),
-                   "task": {},
-                   "lora": {"rank": 16, "layers": ["*attn*.to_?", "*attn*.to_out.0", "*conv?"]},
-                   "job": {"steps": 400, "lr": 2e-3, "lr_end": 1e-4, "batch": 8, "warmup": 20, "ema": 0.98}},
-    "textual_inversion": {"recipe": "textual_inversion", "data": subject, "measure": of_subject,
-                          "words": ("learned_embeds.safetensors",), "task": {"word": WORD, "vectors": 2, "begin": "apple"},
-                          "job": {"steps": 600, "lr": 2e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}},
-    "custom_diffusion": {"recipe": "custom_diffusion", "data": subject, "measure": of_subject,
-                         "loras": ("custom_diffusion.safetensors",), "words": ("learned_embeds.safetensors",),
-                         "task": {"word": WORD, "begin": "apple", "instance": f"a {WORD}", **PRIOR},
-                         "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "ema": 0.97}},
+Rows = dict[str, Callable[[int], marks.Result]]  # what is compared: count of prompts -> result
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is taught (a recipe of configs/, its tables changed, on pictures that `data` puts into a folder), and what the
+    results compare: `rows` of (the export, the plain model)."""
+
+    recipe: str
+    data: Callable[[Path], None]
+    rows: Callable[[Path, Pipeline], Rows]
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prompts: int = 50
+
+
+def before_after(measure: Callable[[Pipeline, int], marks.Result], lora: str = "", word: str = "") -> Any:
+    """The model as it was, and with the files that the lesson made."""
+
+    def rows(export: Path, plain: Pipeline) -> Rows:
+        taught = adapted(plain, [f"{export / lora}:1"] if lora else [], [str(export / word)] if word else [])
+        return {"before": partial(measure, plain), "after": partial(measure, taught)}
+
+    return rows
+
+
+def steered(export: Path, plain: Pipeline) -> Rows:
+    """Without and with the network that reads edges."""
+    named = {"without": "", "with its edges": str(export)}
+    return {name: partial(marks.of_layout(folder), plain) for name, folder in named.items()}
+
+
+def restored(operator: str, methods: tuple[str, ...], masked: bool) -> Any:
+    """The trained model beside methods that take the built-in one as it is."""
+
+    def rows(export: Path, plain: Pipeline) -> Rows:
+        base = marks.mean_fill if masked else marks.bicubic
+        found = {base.__name__.replace("_", " "): partial(marks.of_restored(operator, base), plain)}
+        for method in methods:
+            found[f"{method}, not trained for it"] = partial(
+                marks.of_restored(operator, marks.zero_shot(operator, method)), plain
+            )
+        taught = Pipeline.from_pretrained(str(export), "cpu", "fp32")
+        by = marks.concatenated(masked)
+        return found | {"trained": partial(marks.of_restored(operator, by), taught)}
+
+    return rows
+
+
+def both(export: Path, plain: Pipeline) -> Rows:
+    """The second subject's export and the first's, as one by eq. 4 of Custom Diffusion."""
+    from train.concepts import concepts
+
+    first, merged = ROOT / "runs" / "builtin_custom_diffusion" / "run" / "export", export.parent / "both.safetensors"
+    told = export.parent / "captions.txt"
+    told.write_text("\n".join(lessons.scene_at(6060, k)[1] for k in range(300)) + "\n")
+    merged.unlink(missing_ok=True)
+    concepts("builtin", [f"{first}=a {NEW}", f"{export}=a {TOY}"], str(told), merged, 1e-3)
+    words = [str(f / "learned_embeds.safetensors") for f in (first, export)]
+    return {
+        "before": partial(marks.of_pair, adapted(plain, [], words)),
+        "merged": partial(marks.of_pair, adapted(plain, [f"{merged}:1"], words)),
+    }
+
+
+SUBJECT = lessons.subject(0, NEW)
+KEYS = "custom_diffusion.safetensors"
+LOW, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+EVERYWHERE = {"rank": 16, "layers": ["*attn*.to_?", "*attn*.to_out.0", "*conv?"]}
+LESSONS = {
+    "lora_style": Lesson("lora", lessons.styled, before_after(marks.of_style, LOW), {
+        "lora": EVERYWHERE,
+        "job": {"steps": 400, "lr": 2e-3, "lr_end": 1e-4, "batch": 8, "warmup": 20, "ema": 0.98}}),
+    "dreambooth": Lesson("dreambooth", lessons.subject(0, lessons.RARE), before_after(marks.of_subject(lessons.RARE), LOW), {
+        "task": {"instance": f"a {lessons.RARE}", **PRIOR, "train_text": True},
+        "lora": EVERYWHERE | {"text_layers": ["*self_attn.*_proj"]},
+        "job": {"steps": 400, "lr": 1e-3, "lr_end": 1e-4, "batch": 4, "warmup": 20, "ema": 0.98}}),
+    "textual_inversion": Lesson("textual_inversion", SUBJECT, before_after(marks.of_subject(NEW), "", WORD), {
+        "task": {"word": NEW, "vectors": 2, "begin": "apple"},
+        "job": {"steps": 600, "lr": 2e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}}),
+    "custom_diffusion": Lesson("custom_diffusion", SUBJECT, before_after(marks.of_subject(NEW), KEYS, WORD), {
+        "task": {"word": NEW, "begin": "apple", "instance": f"a {NEW}", **PRIOR},
+        "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "ema": 0.97}}),
+    "custom_diffusion_two": Lesson("custom_diffusion", lessons.subject(1, TOY), both, {
+        "task": {"word": TOY, "begin": "apple", "instance": f"a {TOY}", **PRIOR},
+        "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "ema": 0.97}}),
+    "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {
+        "task": {"hint": "edges"},
+        "job": {"steps": 600, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),
+    "t2i_adapter": Lesson("t2i_adapter", lessons.layouts(2000), steered, {
+        "task": {"hint": "edges"},
+        "job": {"steps": 800, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),
+    "super_resolution": Lesson("concat", lessons.small(2000), restored("pool(4)", ("dps", "reddiff"), False), {
+        "job": {"steps": 800, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "ema": 0.98}}, 100),
+    "inpainting": Lesson("concat", lessons.layouts(2000), restored("mask(half)", ("repaint", "ddrm"), True), {
+        "task": {"kind": "masked"},
+        "job": {"steps": 800, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "ema": 0.98}}, 100),
 }  # fmt: skip
 
 
-def trained(name: str, place: Path, steps: int) -> Path:
-    """The export of a job."""
-    plan, data = JOBS[name], place / "data"
+def trained(name: str, place: Path, settings: list[str]) -> Path:
+    """The export of a lesson."""
+    lesson, data = LESSONS[name], place / "data"
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
-    plan["data"](data)
-    tables = recipe.read(str(ROOT / "configs" / f"{plan['recipe']}.toml"))
-    tables["task"] |= plan["task"]
-    tables["data"] |= {"path": str(data), "cache": str(place / "cache"), "buckets": False}
+    lesson.data(data)
+    tables = recipe.read(str(ROOT / "configs" / f"{lesson.recipe}.toml"))
+    for table, values in lesson.tables.items():
+        tables[table] = values if table == "lora" else tables[table] | values
+    tables["data"] |= {"path": str(data), "cache": str(place.parent / "builtin_cache"), "buckets": False}
     tables["objective"] |= {"levels": LEVELS}
-    tables["job"] |= {**plan["job"], "output": str(place / "run"), "save_every": 200}
-    if "lora" in plan:
-        tables["lora"] = plan["lora"]
-    if steps:
-        tables["job"] |= {"steps": steps}
+    tables["job"] |= {"output": str(place / "run"), "save_every": 200, "precision": "bf16"}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        part, _, inner = key.partition(".")
+        tables[part][inner] = value
     return run(*recipe.build(tables, name))
 
 
+def table(found: dict[str, Any]) -> str:
+    """The results of a lesson as Markdown."""
+    rows = found["rows"]
+    count = next(iter(next(iter(rows.values()))["right"].values()))["prompts"]
+    lines = [f"| right, % of {count} (95% interval) | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for mark in next(iter(rows.values()))["right"]:
+        cells = ["{right:.0f} ({low:.0f} to {high:.0f})".format(**row["right"][mark]) for row in rows.values()]
+        lines.append(f"| {mark} | {' | '.join(cells)} |")
+    for mark in next(iter(rows.values()))["other"]:
+        lines.append(f"| {mark} | " + " | ".join(f"{row['other'][mark]:.1f}" for row in rows.values()) + " |")
+    lines += ["", f"Trained in {found['seconds'] / 60:.1f} minutes on one thread.", ""]
+    for settings, taught in found.get("sweep", {}).items():
+        cells = [f"{mark} {one['right']:.0f}" for mark, one in taught.items()]
+        lines.append(f"- with {settings}: {', '.join(cells)}")
+    return "\n".join([*lines, ""])
+
+
+def learn(name: str, args: argparse.Namespace) -> None:
+    """Train a lesson, measure its rows, write the figures and a sheet: eight pictures of every row."""
+    place = ROOT / "runs" / ("builtin_" + "_".join([name, *args.set]).replace("/", "-"))
+    started, lesson = time.perf_counter(), LESSONS[name]
+    export = trained(name, place, args.set)
+    spent, plain = time.perf_counter() - started, Pipeline.from_pretrained("builtin", "cpu", "fp32")
+    rows = lesson.rows(export, plain)
+    if args.set:  # a row of the sweep: what was taught alone
+        rows = dict(list(rows.items())[-1:])
+    results = {label: measure(args.prompts or lesson.prompts) for label, measure in rows.items()}
+    folder = args.output
+    found = kept(folder, f"finetune_{name}")
+    shown = {label: {"right": r.right, "other": r.other} for label, r in results.items()}
+    if args.set:
+        found.setdefault("sweep", {})[" ".join(args.set)] = next(iter(shown.values()))["right"]
+    else:
+        found |= {"rows": shown, "seconds": spent}
+    print(name, args.set, shown, f"{spent:.0f} s", flush=True)
+    if "rows" in found:
+        write(folder, f"finetune_{name}", found, table(found))
+    else:
+        write(folder, f"finetune_{name}", found)
+    pictures = [
+        Image.fromarray(p) for r in results.values() for p in (*r.pictures[:8], *r.pictures[8:16] * (len(r.pictures) == 16))
+    ]
+    image.grid(pictures, 8).save(folder / f"finetune_{name}.png" if not args.set else place / "sheet.png")
+
+
 def main() -> None:
-    """Train, measure before and after, write the figures and a sheet: the first row before, the second after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", choices=JOBS, required=True)
-    parser.add_argument("--steps", type=int, default=0, help="instead of the job's")
-    parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--scale", default="1", help="of the low-rank branches when drawing")
-    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--job", action="append", default=[], choices=LESSONS, help="all of them where none is named")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="of the recipe: a row of the sweep"
+    )
+    parser.add_argument("--prompts", type=int, default=0, help="instead of the lesson's")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     args = parser.parse_args()
-    place = ROOT / "runs" / (f"builtin_{args.job}" + (f"_{args.steps}" if args.steps else ""))
-    started = time.perf_counter()
-    export, plan = trained(args.job, place, args.steps), JOBS[args.job]
-    spent = time.perf_counter() - started
-    plain = Pipeline.from_pretrained("builtin", "cpu", "fp32")
-    words = [str(export / f) for f in plan.get("words", ())]
-    taught = adapted(plain, [f"{export / f}:{args.scale}" for f in plan.get("loras", ())], words)
-    before, after = (plan["measure"](p, args.prompts) for p in (plain, taught))
-    rows = []
-    for name, one in before.figures.items():
-        cells = [f"{r['right']:.0f} ({r['low']:.0f} to {r['high']:.0f})" for r in (one, after.figures[name])]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    head = f"| right, % of {args.prompts} (95% interval) | before | after |\n|---|---|---|"
-    text = "\n".join([head, *rows, "", f"Trained in {spent / 60:.1f} minutes.", ""])
-    print(text)
-    sheet = image.grid([Image.fromarray(p) for p in (*before.pictures[:8], *after.pictures[:8])], 8)
-    if not args.no_write:
-        found = {"before": before.figures, "after": after.figures, "seconds": spent}
-        write(ROOT / "docs" / "results", f"finetune_{args.job}", found, text)
-        sheet.save(ROOT / "docs" / "results" / f"finetune_{args.job}.png")
-    sheet.save(place / "sheet.png")
+    torch.set_num_threads(1)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in args.job or LESSONS:
+        learn(name, args)
 
 
 if __name__ == "__main__":

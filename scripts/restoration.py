@@ -40,6 +40,7 @@ def picture(table: Table, folder: Path) -> str:
     ax.set_xticks([64 * i + 32 for i in range(len(columns))], list(table.shown), rotation=60, ha="right", fontsize=7)
     ax.set_yticks([])
     name = f"restoration_{table.problem.split('(')[0]}.png"
+    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / name, dpi=100)
     plots.close(figure)
     return name

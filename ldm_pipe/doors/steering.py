@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ldm_pipe.patch import Patch
 
 FILE = "diffusion_pytorch_model.safetensors"
-OWNERS = {"guess": ("ControlNetModel", "ControlNetUnionModel"), "mode": ("ControlNetUnionModel", "FluxControlNetModel")}
+OWNERS = {
+    "guess": ("ControlNetModel", "ControlNetUnionModel", "LevelControlNet"),
+    "mode": ("ControlNetUnionModel", "FluxControlNetModel"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,4 +166,5 @@ MAKERS: dict[str, Callable[[Any, Asked], Patch]] = {
     "FluxControlNetModel": _flux,
     "SanaControlNetModel": _sana,
     "ControlNetUnionModel": _controlnet,
+    "LevelControlNet": _controlnet,
 }

@@ -51,13 +51,17 @@ class DownStage(Stage):
         self, x: Tensor, time: Tensor, tokens: Tensor, added: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(x, what every block and the downsampler gave). added: joins the last block where there are transformers, else what
-        the stage gives (T2I-Adapter, Mou et al. 2023, arXiv 2302.08453, eq. 2, where diffusers' networks take it)."""
+        the stage gives (T2I-Adapter, Mou et al. 2023, arXiv 2302.08453, eq. 2, where diffusers' networks take it), or what it
+        halves where only that has its size."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.block(i, x, time, tokens)
             if added is not None and self.attentions and i == len(self.resnets) - 1:
                 x = x + added
             skips.append(x)
+        if added is not None and not self.attentions and self.downsamplers and added.shape[2:] == x.shape[2:]:
+            x, added = x + added, None
+            skips[-1:] = [x] if skips else []
         for down in self.downsamplers:
             x = down(x)
             skips.append(x)

@@ -18,7 +18,6 @@ from ldm_pipe.parts import Made, Parts
 from ldm_pipe.text import ClipText
 
 LARGEST = 2048  # pixels of a side that a configuration may ask for where nobody does
-INSERTS = {0: None, 5: "masked", 4: "picture"}  # what stands behind x, by its number of channels beyond those of x
 
 
 class UNet(nn.Module):
@@ -77,8 +76,8 @@ def assemble(parts: Parts) -> Made:
 
 def inserted(unet: Any, channels: int) -> str | None:
     """What of a picture the network takes behind x. Raises ModelError on a number of channels that is none of the known."""
-    extra = unet.config.in_channels - channels
-    if extra not in INSERTS:
-        known = ", ".join(str(channels + n) for n in INSERTS)
-        raise ModelError(f"unet/config.json: in_channels is {unet.config.in_channels}; for this autoencoder it takes {known}")
-    return INSERTS[extra]
+    known = {channels: None, 2 * channels + 1: "masked", 2 * channels: "picture"}  # a picture's latents, and their mask
+    if unet.config.in_channels not in known:
+        words = f"for this autoencoder it takes {', '.join(map(str, known))}"
+        raise ModelError(f"unet/config.json: in_channels is {unet.config.in_channels}; {words}")
+    return known[unet.config.in_channels]

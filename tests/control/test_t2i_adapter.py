@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe import UsageError
+from ldm_pipe.blocks import Down
 from ldm_pipe.control.controlnet import ControlNet
 from ldm_pipe.control.t2i_adapter import T2IAdapter
 from ldm_pipe.level import Level
 from ldm_pipe.networks import light_unet
+from ldm_pipe.networks.stages import DownStage, Shape
 from ldm_pipe.patch import Run
 
 Draw = Callable[..., Tensor]
@@ -108,3 +110,25 @@ def test_the_light_network_takes_residuals_as_diffusers_does(tmp_path: Any) -> N
         expected = net(x, time, encoder_hidden_states=tokens, return_dict=False, **given, **copies)[0]
         found = ours(x, time, encoder_hidden_states=tokens, **given, **added)[0]
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_stage_that_only_halves_is_fed_before_it_halves(layers: int) -> None:
+    """Features of the size of what a stage without attention is given join that, and the skip that leaves it there."""
+    torch.manual_seed(0)
+    stage = DownStage(Shape(4, 1e-5, 8, False, False, 16), [8] * layers, 8, None)
+    stage.downsamplers = nn.ModuleList([Down(8)])
+    for weight in stage.parameters():
+        nn.init.normal_(weight, 0.02, 0.2)
+    x, vector, tokens, added = torch.randn(2, 8, 8, 8), torch.randn(2, 8), torch.randn(2, 5, 16), torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        plain, before = stage(x, vector, tokens)
+        fed, after = stage(x, vector, tokens, added)
+        inner = before[-2] if layers else x
+        close(fed, stage.downsamplers[0](inner + added))
+        small = stage(x, vector, tokens, added[..., :4, :4])[0]  # of the size of what it gives, as before
+    close(small, plain + added[..., :4, :4])
+    assert [t.shape for t in after] == [t.shape for t in before]
+    if layers:
+        close(after[-2], before[-2] + added)
+        assert torch.equal(after[0], before[0])

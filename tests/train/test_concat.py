@@ -125,3 +125,14 @@ def test_the_recipe_runs_from_the_command_line(photos: Path, tiny: Any, tmp_path
     assert main(["check", *words]) == 0
     assert main(words) == 0
     assert load(tmp_path / "run" / "export").inserts == "picture"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_codec_of_another_width_is_read_back(make: Any, photos: Path, tmp_path: Path, kind: str, job: Any) -> None:
+    """The built-in codec has ten channels, so ten or eleven stand behind x."""
+    export = run(make(kind, model="builtin", data={"side": 64}), job(tmp_path / "a"))
+    pipe = Pipeline.from_pretrained(str(export), "cpu", "fp32", "sdpa")
+    assert pipe.bundle.inserts == kind
+    mask = Image.fromarray(np.pad(np.full((32, 16), 255, np.uint8), ((0, 0), (0, 16)))) if kind == "masked" else None
+    drawn = [pipe("a fox", seed=1, steps=2, init_image=Image.open(photos / f"{k}.png"), mask=mask).latents for k in (0, 1)]
+    assert not torch.equal(*drawn)

@@ -39,7 +39,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., ControlNet]:
     def task(kind: str, **fields: Any) -> ControlNet:
         table = {"path": str(photos), "cache": str(tmp_path / "cache"), **fields.pop("data", {})}
-        return ControlNet(table, str(tiny("eps")), kind=kind, **fields)
+        return ControlNet(table, str(fields.pop("model", tiny("eps"))), kind=kind, **fields)
 
     return task
 
@@ -112,12 +112,12 @@ def test_what_is_learned_is_what_the_door_applies(make: Any, tiny: Any, tmp_path
     outs = []
     with torch.no_grad():
         beside = net.branches["control"]
-        for change in (controlnet(beside, network, hint), Patched(beside, hint).changes(network, Run(walk))[""]):
+        for change in (controlnet(beside, network, hint)[""], Patched(beside, hint).changes(network, Run(walk))[""]):
             with changed(network, {"": [change]}):
                 outs.append(model.network(x, torch.tensor([500]), Cond(tokens=tokens)))
     assert torch.equal(*outs)
     both, hints, more = torch.cat([x, x]), torch.cat([hint, 1 - hint]), torch.cat([tokens, tokens])
-    with torch.no_grad(), changed(network, {"": [controlnet(beside, network, hints)]}):
+    with torch.no_grad(), changed(network, {"": [controlnet(beside, network, hints)[""]]}):
         rows = model.network(both, torch.tensor([500, 500]), Cond(tokens=more))
     assert torch.allclose(rows[:1], outs[0], atol=1e-5)
     assert not torch.allclose(rows[1:], outs[0], atol=1e-3)
@@ -154,3 +154,17 @@ def test_the_recipe_runs_from_the_command_line(photos: Path, tiny: Any, tmp_path
     assert main(["check", *words]) == 0
     assert main(words) == 0
     assert (tmp_path / "run" / "export" / FILE).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_of_uneven_levels_is_steered_too(make: Any, tmp_path: Path, kind: str, job: Any) -> None:
+    """The built-in U-Net: no layer at the first resolution, which only halves. Nothing at step 0, then the export steers."""
+    task = make(kind, model="builtin", data={"side": 64, "buckets": False}).grouped(2)
+    net, batch = task.net(), task.batch(0, range(2))
+    assert torch.equal(net(batch)["each"], net.frozen[0](batch)["each"])
+    export = run(make(kind, model="builtin", data={"side": 64, "buckets": False}), job(tmp_path / "a"))
+    pipe = Pipeline.from_pretrained("builtin", "cpu", "fp32", "sdpa")
+    whole = pipe.plan("a fox", seed=3, steps=3)
+    steered = Controls.of([str(export)], 1, [1.0], {}).applied(pipe, whole, [Image.new("RGB", (64, 64), "white")])
+    latents = [next(pipe.run(p)).latents for p in (whole, steered)]
+    assert not torch.equal(*latents)

@@ -8,6 +8,7 @@ section 3.3: a small network that reads the picture alone, learning rate 1e-5.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,16 +36,16 @@ class Steered(Around):
         """The losses."""
         network, beside = root(self.frozen[0].model), self.branches["control"]
         kind = t2i if type(beside).__name__ == "T2IAdapter" else controlnet
-        with changed(network, {"": [kind(beside, network, batch["hint"])]}):
+        with changed(network, {place: [change] for place, change in kind(beside, network, batch["hint"]).items()}):
             return super().forward(batch)
 
 
-def t2i(adapter: Any, network: nn.Module, picture: Tensor) -> Change:
-    """The change that adds an adapter's features of a picture."""
-    return T2IAdapter(tuple(adapter(picture))).changes(network, Run(()))[""]
+def t2i(adapter: Any, network: nn.Module, picture: Tensor) -> Mapping[str, Change]:
+    """The changes that add an adapter's features of a picture."""
+    return T2IAdapter(tuple(adapter(picture))).changes(network, Run(()))
 
 
-def controlnet(beside: Any, network: nn.Module, picture: Tensor) -> Change:
+def controlnet(beside: Any, network: nn.Module, picture: Tensor) -> Mapping[str, Change]:
     """The change that adds what a ControlNet makes of a picture."""
 
     def steered(call: Any, x: Tensor, time: Tensor, **given: Any) -> Any:
@@ -54,7 +55,7 @@ def controlnet(beside: Any, network: nn.Module, picture: Tensor) -> Change:
         more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return call(x, time, **given, **more)
 
-    return steered
+    return {"": steered}
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,11 @@ def _controlnet(unet: Any, factor: int) -> Any:
     widths = WIDTHS[: int(math.log2(factor)) + 1]
     if 2 ** (len(widths) - 1) != factor:
         raise UsageError(f"a controlnet takes a codec of factor 1 to {2 ** (len(WIDTHS) - 1)}, this model's has {factor}")
-    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    if isinstance(unet.config.layers_per_block, int):
+        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    from ldm_pipe.networks.level_controlnet import LevelControlNet
+
+    return LevelControlNet.from_unet(unet, conditioning_embedding_out_channels=widths)
 
 
 def _adapter(unet: Any, factor: int) -> Any:

@@ -1,0 +1,220 @@
+"""How many answers are right of a model that `finetune_builtin.py` taught.
+
+A style: a black line around objects, counted where a third of the rim of what stands out of the ground is near black. A
+subject: an object that no training scene shows. A layout: every object where a map of edges has it, to within five pixels.
+Objects are named by the nearest sprite, whatever its error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import torch
+from lessons import WORDS, alone, standing_out
+from measuring import graded, scenes, share
+from PIL import Image
+from scipy import ndimage
+
+from ldm_pipe import Pipeline
+from ldm_pipe.doors.controls import Controls
+from ldm_pipe.doors.restoration import Inpainting, Restoration
+from ldm_pipe.image import to_pil, to_tensor
+from ldm_pipe.restore.text import parse
+from train.hints import edges
+from train.world import render
+from train.world.nearest import nearest
+from train.world.scenes import COLOURS, Placed, Scene, captions
+from train.world.sprites import objects
+
+DARK = 70  # what counts as black, of 256 levels
+NEAR = 5.0  # pixels between where an object is and where it was to be
+
+
+@dataclass
+class Result:
+    """Of one model: pictures of the first prompts, shares that are right, and other figures."""
+
+    pictures: list[Any]
+    right: dict[str, dict[str, float]]
+    other: dict[str, float] = field(default_factory=dict)
+
+
+def ring(picture: np.ndarray) -> np.ndarray:
+    """The outermost two pixels of what stands out of the ground of a picture [64,64,3]."""
+    inside = standing_out(picture)
+    return np.asarray(inside & ~ndimage.binary_erosion(inside, iterations=2))
+
+
+def has_line(picture: np.ndarray) -> bool:
+    """Is at least a third of the objects' rim near black?"""
+    around = picture[ring(picture)]
+    return len(around) > 0 and float((around.max(-1) < DARK).mean()) > 1 / 3
+
+
+def names_right(picture: np.ndarray, scene: Scene) -> bool:
+    """Are the nearest sprites exactly the commanded objects?"""
+    return Counter(f.name for f in nearest(picture, len(scene.placed)).found) == Counter(p.name for p in scene.placed)
+
+
+def stands_right(picture: np.ndarray, scene: Scene) -> bool:
+    """Is there a nearest sprite for every object of the scene, of its name and within `NEAR` pixels of its middle?"""
+
+    def meet(order: Sequence[Any]) -> bool:
+        pairs = zip(order, scene.placed, strict=True)
+        return all(f.name == p.name and np.hypot(f.x - p.centre[0], f.y - p.centre[1]) <= NEAR for f, p in pairs)
+
+    return any(map(meet, permutations(nearest(picture, len(scene.placed)).found)))
+
+
+def psnr(a: Any, b: Any) -> float:
+    """In dB, of pictures of 256 levels."""
+    error = np.square(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def drawn(pipe: Pipeline, prompts: list[str]) -> list[np.ndarray]:
+    """Picture i of prompt i and seed i."""
+    out = pipe(prompts, seeds=tuple(range(len(prompts))), batch_size=25)
+    return [np.asarray(i) for i in out.images]
+
+
+def of_style(pipe: Pipeline, count: int) -> Result:
+    """The line and the objects of scenes of one object."""
+    wanted = [s for s in scenes("one", "train", 2 * count, 91) if s.colour != "black"][:count]
+    pictures = drawn(pipe, [captions(s)[0] for s in wanted])
+    line = share(sum(map(has_line, pictures)), count)
+    right = share(sum(map(names_right, pictures, wanted)), count)
+    return Result(pictures, {"line": line, "objects": right})
+
+
+def of_subject(word: str) -> Callable[[Pipeline, int], Result]:
+    """The first subject on colours, most of them unseen and half of the prompts with an old object beside it, and old objects,
+    which are to stay."""
+
+    def measure(pipe: Pipeline, count: int) -> Result:
+        name, colours = objects("heldout")[0], list(COLOURS)
+        single = [Scene("one", colours[k % len(colours)], (Placed(name, 40, 12, 12),)) for k in range(count)]
+        pictures = drawn(pipe, [f"a {word} on a {s.colour} background" for s in single])
+        new = share(sum(map(names_right, pictures, single)), count)
+        with_old = scenes("two", "train", count, 93)
+        told = [f"a {word} {s.relation} a {s.names[1]} on a {s.colour} background" for s in with_old]
+        beside = drawn(pipe, told)
+        both = share(sum(_both(p, (name, s.names[1])) for p, s in zip(beside, with_old, strict=True)), count)
+        old = scenes("one", "train", count, 92)
+        kept = share(sum(map(names_right, drawn(pipe, [captions(s)[0] for s in old]), old)), count)
+        found = {"the subject on a colour": new, "the subject beside an old object": both, "old objects": kept}
+        return Result([*pictures[:4], *beside[:4]], found)
+
+    return measure
+
+
+def _both(picture: np.ndarray, names: Sequence[str]) -> bool:
+    return {f.name for f in nearest(picture, 2).found} == set(names)
+
+
+def of_pair(pipe: Pipeline, count: int) -> Result:
+    """Both subjects in one picture, each alone, and old objects."""
+    names, colours = objects("heldout")[:2], list(COLOURS)
+    scene = scenes("two", "train", count, 94)
+    pictures = drawn(pipe, [f"a {WORDS[0]} {s.relation} a {WORDS[1]} on a {s.colour} background" for s in scene])
+    found = {"both in one picture": share(sum(_both(p, names) for p in pictures), count)}
+    for which, word in enumerate(WORDS):
+        lone = [alone(which, colours[k % len(colours)]) for k in range(count)]
+        single = drawn(pipe, [f"a {word} on a {s.colour} background" for s in lone])
+        found[f"{word} alone"] = share(sum(map(names_right, single, lone)), count)
+        pictures = [*pictures[:4], *single[:2], *pictures[4:]]
+    old = scenes("one", "train", count, 92)
+    kept = drawn(pipe, [captions(s)[0] for s in old])
+    return Result(pictures, found | {"old objects": share(sum(map(names_right, kept, old)), count)})
+
+
+def of_layout(control: str) -> Callable[[Pipeline, int], Result]:
+    """Objects where a map of edges has them. control: the folder that reads the map, "" for none."""
+
+    def measure(pipe: Pipeline, count: int) -> Result:
+        wanted = [s for kind in ("one", "two", "count") for s in scenes(kind, "train", -(-count // 3), 95)][:count]
+        pictures, maps = [], []
+        for k, scene in enumerate(wanted):
+            plan = pipe.plan([captions(scene)[0]], seed=k)
+            if control:
+                lines = edges(to_tensor([Image.fromarray(render(scene))])[0])
+                maps.append(np.asarray(to_pil(lines[None] * 2 - 1)[0]))
+                plan = Controls((control,), (1.0,)).applied(pipe, plan, [Image.fromarray(maps[-1])])
+            pictures.append(np.asarray(next(pipe.run(plan)).images[0]))
+        layout = share(sum(map(stands_right, pictures, wanted)), count)
+        names = share(sum(map(names_right, pictures, wanted)), count)
+        turns = [k * count // 8 for k in range(8)]  # all kinds of scenes on the sheet
+        shown = [pictures[k] for k in turns] + [maps[k] for k in turns if control]
+        return Result(shown, {"layout": layout, "objects": names})
+
+    return measure
+
+
+Restorer = Callable[[Pipeline, Image.Image, str, int], Image.Image]  # degraded picture, prompt and seed -> restored
+
+
+def of_restored(operator: str, by: Restorer) -> Callable[[Pipeline, int], Result]:
+    """Scenes through the codec, degraded and restored: PSNR in dB, and what the grader says. The same scenes for all."""
+
+    def measure(pipe: Pipeline, count: int) -> Result:
+        wanted = [s for kind in ("one", "two", "count") for s in scenes(kind, "train", -(-count // 3), 96)][:count]
+        pictures, gains = [], []
+        for k, scene in enumerate(wanted):
+            codec = pipe.bundle.codec
+            with torch.no_grad():
+                truth = to_pil(codec.decode(codec.encode(to_tensor([Image.fromarray(render(scene))]))))[0]
+            degraded = to_pil(parse(operator)(to_tensor([truth])))[0]
+            pictures.append(by(pipe, degraded, captions(scene)[0], k))
+            gains.append(psnr(pictures[-1], truth))
+        right = share(graded(pictures, wanted), count)
+        shown = [np.asarray(pictures[k * count // 8]) for k in range(8)]  # all kinds of scenes
+        return Result(shown, {"right": right}, {"PSNR, dB": float(np.mean(gains))})
+
+    return measure
+
+
+def bicubic(_: Pipeline, degraded: Image.Image, prompt: str, seed: int) -> Image.Image:
+    """Without a network."""
+    return degraded.resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def half() -> Image.Image:
+    """The mask of the right half."""
+    white = Image.new("L", (64, 64))
+    white.paste(255, (32, 0, 64, 64))
+    return white
+
+
+def mean_fill(_: Pipeline, degraded: Image.Image, prompt: str, seed: int) -> Image.Image:
+    """The mean colour of what is known."""
+    pixels = np.array(degraded)
+    pixels[:, 32:] = pixels[:, :32].reshape(-1, 3).mean(0)
+    return Image.fromarray(pixels)
+
+
+def zero_shot(operator: str, method: str) -> Restorer:
+    """A method that takes the model as it is, with the settings of `scripts/restoration.py`."""
+
+    def by(pipe: Pipeline, degraded: Image.Image, prompt: str, seed: int) -> Image.Image:
+        inpaint = operator.startswith("mask")
+        door: Any = Inpainting(method) if inpaint else Restoration(operator, method)
+        pictures = (degraded, half()) if inpaint else (degraded,)
+        return next(pipe.run(door.plan(pipe, [prompt], *pictures, seed=seed, guidance_scale=1.0))).images[0]
+
+    return by
+
+
+def concatenated(masked: bool) -> Restorer:
+    """A model that reads the degraded picture behind x."""
+
+    def by(pipe: Pipeline, degraded: Image.Image, prompt: str, seed: int) -> Image.Image:
+        given = degraded if masked else degraded.resize((64, 64), Image.Resampling.BICUBIC)
+        out = pipe(prompt, seed=seed, init_image=given, mask=half() if masked else None, strength=1.0, guidance_scale=1.0)
+        return out.images[0]
+
+    return by
