@@ -22,7 +22,7 @@ import torch
 from measuring import ROOT, kept, write
 from PIL import Image
 
-from ldm_pipe import Pipeline, adapted, image
+from ldm_pipe import Pipeline, adapted, files, image
 from train import recipe
 from train.loop import run
 
@@ -147,21 +147,38 @@ def trained(name: str, place: Path, settings: list[str]) -> Path:
     return run(*recipe.build(tables, name))
 
 
-def table(found: dict[str, Any]) -> str:
+ABOUT = """# Fine-tuning, proven on the built-in model
+
+`python scripts/finetune_builtin.py`: recipes of `configs/` with the changes that `LESSONS` in that file names, on one thread.
+Right: percent of the prompts, with its 95% interval; `scripts/marks.py` says what counts. A sheet has a row of pictures for
+every column of its table. A line "with" is a row of the sweep: the same lesson with another setting, and what it then knows.
+"""
+
+
+def section(name: str, found: dict[str, Any]) -> str:
     """The results of a lesson as Markdown."""
-    rows = found["rows"]
-    count = next(iter(next(iter(rows.values()))["right"].values()))["prompts"]
-    lines = [f"| right, % of {count} (95% interval) | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for mark in next(iter(rows.values()))["right"]:
-        cells = ["{right:.0f} ({low:.0f} to {high:.0f})".format(**row["right"][mark]) for row in rows.values()]
-        lines.append(f"| {mark} | {' | '.join(cells)} |")
-    for mark in next(iter(rows.values()))["other"]:
-        lines.append(f"| {mark} | " + " | ".join(f"{row['other'][mark]:.1f}" for row in rows.values()) + " |")
-    lines += ["", f"Trained in {found['seconds'] / 60:.1f} minutes on one thread.", ""]
-    for settings, taught in found.get("sweep", {}).items():
-        cells = [f"{mark} {one['right']:.0f}" for mark, one in taught.items()]
-        lines.append(f"- with {settings}: {', '.join(cells)}")
+    lines, rows = [f"\n## {name.replace('_', ' ')}\n"], found.get("rows", {})
+    if rows:
+        count = next(iter(next(iter(rows.values()))["right"].values()))["prompts"]
+        lines += [f"| right, % of {count} | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+        for mark in next(iter(rows.values()))["right"]:
+            cells = ["{right:.0f} ({low:.0f} to {high:.0f})".format(**row["right"][mark]) for row in rows.values()]
+            lines.append(f"| {mark} | {' | '.join(cells)} |")
+        for mark in next(iter(rows.values()))["other"]:
+            lines.append(f"| {mark} | " + " | ".join(f"{row['other'][mark]:.1f}" for row in rows.values()) + " |")
+        told = f"Recipe `{LESSONS[name].recipe}`, {found['job']}; trained in {found['seconds'] / 60:.1f} minutes."
+        lines += ["", told, "", f"![{name}](finetune_{name}.png)", ""]
+    for settings, (right, seconds) in found.get("sweep", {}).items():
+        cells = [f"{mark} {one['right']:.0f}" for mark, one in right.items()]
+        lines.append(f"- with `{settings}`: {', '.join(cells)} ({seconds / 60:.1f} minutes)")
     return "\n".join([*lines, ""])
+
+
+def page(folder: Path) -> None:
+    """finetune.md, of all lessons that have results."""
+    found = {name: kept(folder, f"finetune_{name}") for name in LESSONS}
+    text = ABOUT + "".join(section(name, one) for name, one in found.items() if one)
+    files.write(folder / "finetune.md", text.encode(), replace=True)
 
 
 def learn(name: str, args: argparse.Namespace) -> None:
@@ -178,18 +195,16 @@ def learn(name: str, args: argparse.Namespace) -> None:
     found = kept(folder, f"finetune_{name}")
     shown = {label: {"right": r.right, "other": r.other} for label, r in results.items()}
     if args.set:
-        found.setdefault("sweep", {})[" ".join(args.set)] = next(iter(shown.values()))["right"]
+        found.setdefault("sweep", {})[" ".join(args.set)] = [next(iter(shown.values()))["right"], spent]
     else:
-        found |= {"rows": shown, "seconds": spent}
+        job = ", ".join(f"{k} {v}" for k, v in lesson.tables["job"].items())
+        found |= {"rows": shown, "seconds": spent, "job": job}
     print(name, args.set, shown, f"{spent:.0f} s", flush=True)
-    if "rows" in found:
-        write(folder, f"finetune_{name}", found, table(found))
-    else:
-        write(folder, f"finetune_{name}", found)
-    pictures = [
-        Image.fromarray(p) for r in results.values() for p in (*r.pictures[:8], *r.pictures[8:16] * (len(r.pictures) == 16))
-    ]
-    image.grid(pictures, 8).save(folder / f"finetune_{name}.png" if not args.set else place / "sheet.png")
+    write(folder, f"finetune_{name}", found)
+    page(folder)
+    strips = [r.pictures[: 16 if len(r.pictures) == 16 else 8] for r in results.values()]  # 16: with what steered them
+    sheet = image.grid([Image.fromarray(p) for strip in strips for p in strip], 8)
+    sheet.save(folder / f"finetune_{name}.png" if not args.set else place / "sheet.png")
 
 
 def main() -> None:
