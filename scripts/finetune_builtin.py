@@ -99,8 +99,9 @@ LOW, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 EVERYWHERE = {"rank": 16, "layers": ["*attn*.to_?", "*attn*.to_out.0", "*conv?"]}
 LESSONS = {
     "lora_style": Lesson("lora", lessons.styled, before_after(marks.of_style, LOW), {
-        "lora": EVERYWHERE,
-        "job": {"steps": 400, "lr": 2e-3, "lr_end": 1e-4, "batch": 8, "warmup": 20, "ema": 0.98}}),
+        "lora": {"rank": 16, "layers": ["*"]},
+        "objective": {"levels": {"name": "logit_normal", "mean": 0.0, "deviation": 1.2}},  # a line is drawn late
+        "job": {"steps": 800, "lr": 1e-3, "lr_end": 5e-5, "batch": 8, "warmup": 20, "ema": 0.98}}),
     "dreambooth": Lesson("dreambooth", lessons.subject(0, lessons.RARE), before_after(marks.of_subject(lessons.RARE), LOW), {
         "task": {"instance": f"a {lessons.RARE}", **PRIOR, "train_text": True},
         "lora": EVERYWHERE | {"text_layers": ["*self_attn.*_proj"]},
@@ -131,14 +132,14 @@ LESSONS = {
 def trained(name: str, place: Path, settings: list[str]) -> Path:
     """The export of a lesson."""
     lesson, data = LESSONS[name], place / "data"
-    shutil.rmtree(data, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
     data.mkdir(parents=True)
     lesson.data(data)
     tables = recipe.read(str(ROOT / "configs" / f"{lesson.recipe}.toml"))
-    for table, values in lesson.tables.items():
-        tables[table] = values if table == "lora" else tables[table] | values
-    tables["data"] |= {"path": str(data), "cache": str(place.parent / "builtin_cache"), "buckets": False}
     tables["objective"] |= {"levels": LEVELS}
+    for part, values in lesson.tables.items():
+        tables[part] = values if part == "lora" else tables[part] | values
+    tables["data"] |= {"path": str(data), "cache": str(place.parent / "builtin_cache"), "buckets": False}
     tables["job"] |= {"output": str(place / "run"), "save_every": 200, "precision": "bf16"}
     for setting in settings:
         key, _, value = setting.partition("=")

@@ -58,17 +58,21 @@ def has_line(picture: np.ndarray) -> bool:
 
 def names_right(picture: np.ndarray, scene: Scene) -> bool:
     """Are the nearest sprites exactly the commanded objects?"""
-    return Counter(f.name for f in nearest(picture, len(scene.placed)).found) == Counter(p.name for p in scene.placed)
+    return _names(nearest(picture, len(scene.placed)).found, scene)
 
 
-def stands_right(picture: np.ndarray, scene: Scene) -> bool:
-    """Is there a nearest sprite for every object of the scene, of its name and within `NEAR` pixels of its middle?"""
+def _names(found: Sequence[Any], scene: Scene) -> bool:
+    return Counter(f.name for f in found) == Counter(p.name for p in scene.placed)
+
+
+def _places(found: Sequence[Any], scene: Scene) -> bool:
+    """Is there something for every object of the scene, of its name and within `NEAR` pixels of its middle?"""
 
     def meet(order: Sequence[Any]) -> bool:
         pairs = zip(order, scene.placed, strict=True)
         return all(f.name == p.name and np.hypot(f.x - p.centre[0], f.y - p.centre[1]) <= NEAR for f, p in pairs)
 
-    return any(map(meet, permutations(nearest(picture, len(scene.placed)).found)))
+    return any(map(meet, permutations(found)))
 
 
 def psnr(a: Any, b: Any) -> float:
@@ -138,16 +142,15 @@ def of_layout(control: str) -> Callable[[Pipeline, int], Result]:
 
     def measure(pipe: Pipeline, count: int) -> Result:
         wanted = [s for kind in ("one", "two", "count") for s in scenes(kind, "train", -(-count // 3), 95)][:count]
-        pictures, maps = [], []
-        for k, scene in enumerate(wanted):
+        pictures, maps = ([] if control else drawn(pipe, [captions(s)[0] for s in wanted])), []
+        for k, scene in enumerate(wanted if control else []):
+            lines = edges(to_tensor([Image.fromarray(render(scene))])[0])
+            maps.append(np.asarray(to_pil(lines[None] * 2 - 1)[0]))
             plan = pipe.plan([captions(scene)[0]], seed=k)
-            if control:
-                lines = edges(to_tensor([Image.fromarray(render(scene))])[0])
-                maps.append(np.asarray(to_pil(lines[None] * 2 - 1)[0]))
-                plan = Controls((control,), (1.0,)).applied(pipe, plan, [Image.fromarray(maps[-1])])
-            pictures.append(np.asarray(next(pipe.run(plan)).images[0]))
-        layout = share(sum(map(stands_right, pictures, wanted)), count)
-        names = share(sum(map(names_right, pictures, wanted)), count)
+            steered = Controls((control,), (1.0,)).applied(pipe, plan, [Image.fromarray(maps[-1])])
+            pictures.append(np.asarray(next(pipe.run(steered)).images[0]))
+        found = [nearest(p, len(s.placed)).found for p, s in zip(pictures, wanted, strict=True)]
+        layout, names = (share(sum(map(mark, found, wanted)), count) for mark in (_places, _names))
         turns = [k * count // 8 for k in range(8)]  # all kinds of scenes on the sheet
         shown = [pictures[k] for k in turns] + [maps[k] for k in turns if control]
         return Result(shown, {"layout": layout, "objects": names})

@@ -1,7 +1,8 @@
 """Measure the restoration methods on the built-in model: PSNR, the grader's verdict and the data's residual, against baselines.
 
 python scripts/restoration.py                   # restoration.{md,json} and a picture per problem into docs/results/
-python scripts/restoration.py --problem "pool(4)"                # one problem anew; the others stay
+python scripts/restoration.py --problem "pool(4)"                # of one problem; the others stay
+python scripts/restoration.py --anew                             # what is there is measured again, not continued
 python scripts/restoration.py --pictures 4 --only dps --only ddnm --steps 50 --output /tmp/look
 """
 
@@ -51,28 +52,32 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=FULL)
     parser.add_argument("--only", action="append", default=[], metavar="METHOD", choices=sorted(registry.KINDS["restoration"]))
     parser.add_argument("--problem", action="append", default=[], choices=list(PROBLEMS))
+    parser.add_argument("--anew", action="store_true", help="begin at the first picture")
     parser.add_argument("--steps", type=int, help="of every method, instead of its own")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     pipe, started = Pipeline.from_pretrained("builtin", "cpu", "fp32"), time.perf_counter()
     steps = {} if args.steps is None else {"steps": args.steps}
-    tables = [Table(pipe, p, attempts(p, args.only), steps) for p in args.problem or PROBLEMS]
-    for k in range(args.pictures):
+    before = {} if args.anew or args.only or steps else kept(args.output, "restoration")
+    tables = [Table(pipe, p, attempts(p, args.only), steps, before.get(p, {})) for p in args.problem or PROBLEMS]
+    for k in range(min(table.pictures for table in tables), args.pictures):
         for table in tables:
-            table.grow(k)
-        report(tables, k + 1, args.output)
-        took = (time.perf_counter() - started) / (k + 1) / 60
-        print(f"{k + 1} of {args.pictures}; {args.pictures} take about {args.pictures * took:.0f} min", flush=True)
+            if k == table.pictures:
+                table.grow(k)
+        report(tables, args.output)
+        print(f"{k + 1} of {args.pictures} after {(time.perf_counter() - started) / 60:.0f} min", flush=True)
 
 
-def report(tables: list[Table], count: int, folder: Path) -> None:
-    """The results so far: a run may be stopped at any picture, and what other runs found of other problems stays."""
+def report(tables: list[Table], folder: Path) -> None:
+    """The results so far: a run goes on where it was stopped, and what others found of other problems stays."""
     found = kept(folder, "restoration")
     for table in tables:
         ceiling, right = (float(column) for column in np.mean(table.about, axis=0))
-        about = {"pictures": count, "ceiling": ceiling, "right": right, "picture": picture(table, folder)}
-        found[table.problem] = {**about, "rows": table.means(), "refused": table.refused}
+        file = picture(table, folder) if table.whole else found[table.problem]["picture"]
+        about = {"pictures": table.pictures, "ceiling": ceiling, "right": right, "picture": file}
+        each = {"about": table.about, "each": {n: [[*r.values()] for r in rows] for n, rows in table.rows.items()}}
+        found[table.problem] = {**about, "rows": table.means(), "refused": table.refused, **each}
     write(folder, "restoration", found, NOTE + "".join(markdown(p, found[p]) for p in PROBLEMS if p in found))
 
 

@@ -16,7 +16,7 @@ from ldm_pipe.doors.restoration import Inpainting, Restoration
 from ldm_pipe.image import to_pil, to_tensor
 from ldm_pipe.restore.text import parse
 from train.world import draw_scene, render
-from train.world.scenes import captions
+from train.world.scenes import Scene, captions
 
 PROBLEMS = {"pool(4)": 0.0, "mask(half)": 0.0, "blur(gaussian, 3)": 0.05}  # the deviation of the noise that is added
 EMPTY = ("ccdf", "ddrm", "ilvr", "repaint", "truncated")  # also without a prompt: what is cheap
@@ -56,14 +56,33 @@ def attempts(problem: str, only: list[str]) -> dict[str, tuple[Any, bool]]:
 class Table:
     """The rows of a problem, which grow picture by picture, the pictures that are shown, and what is refused."""
 
-    def __init__(self, pipe: Pipeline, problem: str, doors: dict[str, tuple[Any, bool]], steps: dict[str, int]) -> None:
+    def __init__(
+        self, pipe: Pipeline, problem: str, doors: dict[str, tuple[Any, bool]], steps: dict[str, int], before: dict[str, Any]
+    ) -> None:
+        """before: what an earlier run wrote of the problem, which is gone on with."""
         self.pipe, self.problem, self.doors, self.steps = pipe, problem, doors, steps
         self.operator, self.rng, self.white = parse(problem), np.random.default_rng([2026, 11]), Image.new("L", (64, 64))
         self.white.paste(255, (32, 0, 64, 64))
-        self.rows: dict[str, list[dict[str, float]]] = {}
+        each = before.get("each", {})
+        self.rows: dict[str, list[dict[str, float]]] = {
+            n: [dict(zip(HEAD, r, strict=True)) for r in e] for n, e in each.items()
+        }
         self.shown: dict[str, list[Image.Image]] = {"truth": [], "degraded": []}
-        self.refused: dict[str, str] = {}
-        self.about: list[tuple[float, float]] = []  # PSNR of a second round trip, is the truth right?
+        self.refused: dict[str, str] = dict(before.get("refused", {}))
+        self.about: list[tuple[float, float]] = list(
+            before.get("about", [])
+        )  # PSNR of a second round trip, is the truth right?
+        self.whole = not self.about  # are the pictures that are shown all there?
+        for k in range(self.pictures):
+            self._scene(k)
+
+    @property
+    def pictures(self) -> int:
+        """How many were measured."""
+        return len(self.about)
+
+    def _scene(self, k: int) -> Scene:
+        return draw_scene(self.rng, ("one", "two", "count")[k % 3], "train")
 
     def through_codec(self, made: Image.Image) -> Image.Image:
         codec = self.pipe.bundle.codec
@@ -72,7 +91,7 @@ class Table:
 
     def grow(self, k: int) -> None:
         """One more scene, by every door."""
-        scene = draw_scene(self.rng, ("one", "two", "count")[k % 3], "train")
+        scene = self._scene(k)
         truth = self.through_codec(Image.fromarray(render(scene)))
         clear = self.operator(to_tensor([truth]))
         noise = torch.randn(clear.shape, generator=torch.Generator().manual_seed(k))
