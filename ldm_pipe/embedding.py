@@ -80,13 +80,13 @@ def taught(bundle: Bundle, word: str, rows: Sequence[Tensor], where: str) -> tup
     if not word.strip() or len(word) > 80:
         raise UsageError(f"{where}: the word takes 1 to 80 characters, got {word!r:.100}")
     mine = copied(bundle)
-    towers = _towers(mine.text)
-    widths = [int(table(t.encoder).weight.shape[1]) for t in towers]
+    held = towers(mine.text)
+    widths = [int(table(t.encoder).weight.shape[1]) for t in held]
     if [r.shape[1] for r in rows] != widths:
         of, wanted = (" and ".join(map(str, w)) for w in ([r.shape[1] for r in rows], widths))
         raise ModelError(f"{where}: its vectors have width {of}, the text encoder of this model takes {wanted or 'none'}")
     names = [word, *(f"{word}_{k}" for k in range(1, len(rows[0])))]
-    changed = {id(t.tokenizer): _teach(t, names, r, where) for t, r in zip(towers, rows, strict=True)}
+    changed = {id(t.tokenizer): _teach(t, names, r, where) for t, r in zip(held, rows, strict=True)}
     text = _retokenized(mine.text, changed)
     if getattr(text, "words", None):
         text = dataclasses.replace(text, words=text.words | set(re.findall(r"[^\W_]+", " ".join(names).lower())))
@@ -108,7 +108,7 @@ def _rows(tensors: Mapping[str, Tensor], file: Path) -> tuple[list[Tensor], str]
     return rows, word
 
 
-def _towers(text: Any) -> list[ClipTower]:
+def towers(text: Any) -> list[ClipTower]:
     """The CLIP towers of a text encoder, in their order."""
     if hasattr(text, "encoder"):
         return [ClipTower(text.encoder, text.tokenizer)]

@@ -86,8 +86,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "pixart": Family(
         "PixArt-alpha and -sigma", "pixart",
-        {"transformer": ("diffusers.PixArtTransformer2DModel", "diffusers.Transformer2DModel"), "text_encoder": T5,
-         "tokenizer": T5_WORDS, "vae": KL},
+        {"transformer": ("diffusers.PixArtTransformer2DModel", "diffusers.Transformer2DModel"), "text_encoder": (*T5, *CLIP),
+         "tokenizer": (*T5_WORDS, *CLIP_WORDS), "vae": KL},
         Defaults(size=(1024, 1024), steps=20, guidance_scale=4.5),
     ),
     "sana": Family(
@@ -103,6 +103,11 @@ FAMILIES: dict[str, Family] = {
         Defaults(size=(256, 256), steps=25, guidance_scale=4.0),
     ),
 }  # fmt: skip
+
+
+def encoders(family: str) -> list[str]:
+    """The folders of a family's text encoders, in their order."""
+    return [part for part, classes in FAMILIES[family].parts.items() if part.startswith("text_encoder") and classes != NONE]
 
 
 def class_of(index: Mapping[str, Any], part: str) -> str | None:

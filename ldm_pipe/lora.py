@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ldm_pipe import lora_delta, lora_fused, lora_names, weights
+from ldm_pipe import families, lora_delta, lora_fused, lora_names, weights
 from ldm_pipe.errors import ModelError, UsageError
 from ldm_pipe.loading import Bundle
 from ldm_pipe.lora_names import NETWORK
@@ -34,22 +34,23 @@ Layers = dict[tuple[str, str], dict[str, Tensor]]  # (part, layer) -> its tensor
 
 def copied(bundle: Bundle) -> Bundle:
     """A bundle of its own modules around the very same weights: what is put in the place of one leaves the other alone."""
-    modules = (bundle.model, *encoders(bundle.text).values())
-    shared = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    own = (bundle.model, *modules(bundle.text))
+    shared = {id(t): t for m in own for t in (*m.parameters(), *m.buffers())}
     model, text = copy.deepcopy((bundle.model, bundle.text), shared)
     return dataclasses.replace(bundle, model=model, text=text)
 
 
-def encoders(text: Any) -> dict[str, nn.Module]:
-    """The text encoders of a family in their order: "text_encoder", "text_encoder_2", ..."""
-    return {f"text_encoder_{k}" if k > 1 else "text_encoder": m for k, m in enumerate(modules(text), 1)}
+def encoders(bundle: Bundle) -> dict[str, nn.Module]:
+    """The text encoders of a bundle by the names of their folders: "text_encoder", "text_encoder_2" (the refiner's only one),
+    ..."""
+    return dict(zip(families.encoders(bundle.family), modules(bundle.text), strict=False))  # SD3 may have no third one
 
 
 def parts(bundle: Bundle) -> dict[str, nn.Module]:
     """The modules that an adapter may change, by the names of `lora_names.Key.part`."""
     network = root(bundle.model)
     inner = getattr(network, "transformer", network)
-    return {NETWORK: inner if isinstance(inner, nn.Module) else network, **encoders(bundle.text)}
+    return {NETWORK: inner if isinstance(inner, nn.Module) else network, **encoders(bundle)}
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,7 +104,7 @@ def opened(modules: Mapping[str, nn.Module], file: Path, partial: bool = False) 
     """(the tensors of a file by the layers that they are for, with the alpha that is said elsewhere; as the file has them; the
     names of those without a layer). modules: as `parts` gives them. Raises ModelError as `merge` does."""
     tensors, metadata = read(file)
-    layers, lost = _placed(tensors, modules, file.name, partial)
+    layers, lost = _placed(tensors, modules, file, partial)
     said = _Said.of(metadata, file)
     for (part, layer), leaves in layers.items():
         alpha = said.alpha(part, layer, leaves)
@@ -113,7 +114,7 @@ def opened(modules: Mapping[str, nn.Module], file: Path, partial: bool = False) 
 
 
 def _placed(
-    tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], where: str, partial: bool
+    tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], file: Path, partial: bool
 ) -> tuple[Layers, list[str]]:
     """(every tensor at its layer, those that find none). Raises ModelError naming the first of these, and counting the others,
     unless `partial` allows some."""
@@ -123,13 +124,14 @@ def _placed(
     count = getattr(getattr(modules[NETWORK], "config", None), "layers_per_block", 2)
     per_block = count if isinstance(count, int) else count[0]
     layers: Layers = {}
-    lost = []
+    lost, where = [], file.name
+    ordered = sorted(known, key=lambda part: part != file.parent.name)  # a file of peft is named by its folder, if at all
     for name, tensor in tensors.items():
         key = lora_names.key(name)
         if key and key.part == "text_encoder_3" and key.part not in known:
             key = key._replace(part="text_encoder_2")  # kohya calls T5 the third encoder, of Flux too
-        if key and name.startswith(PEFT):  # a file of peft does not name the part
-            key = next((k for p in known if lora_names.found(k := key._replace(part=p), known[p], per_block)), key)
+        if key and name.startswith(PEFT):
+            key = next((k for p in ordered if lora_names.found(k := key._replace(part=p), known[p], per_block)), key)
         layer = lora_names.found(key, known[key.part], per_block) if key and key.part in known else None
         first = firsts.get(key.layer) if key and key.part == NETWORK else None
         if key is None or (layer is None and first is None):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -131,6 +132,25 @@ class Prompt:
     def at(self, step: int, steps: int) -> tuple[Wording, ...]:
         """What its branches say at a step of 0..steps - 1."""
         return tuple(branch.at(step, steps) for branch in self.branches)
+
+
+Words = str | Wording  # a prompt as it stands, or one whose brackets were read
+
+
+def once(prompts: Sequence[Words]) -> tuple[list[Words], list[int]]:
+    """(the distinct prompts, which of them every prompt is), so that each is encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    return distinct, [distinct.index(p) for p in prompts]
+
+
+def spelled(prompt: Words) -> str:
+    """The words of a prompt alone."""
+    return prompt if isinstance(prompt, str) else prompt.text
+
+
+def plain_words(prompt: str) -> list[str]:
+    """The words of a prompt in lower case, without the signs between them: what a model with a closed list knows or not."""
+    return re.findall(r"[^\W_]+", prompt.lower())
 
 
 def clean(prompt: str) -> str:

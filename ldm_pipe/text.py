@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.emphasis import emphasised
-from ldm_pipe.prompt import Wording
-from ldm_pipe.prompt import clean as clean  # part of what this module offers
+from ldm_pipe.prompt import Wording, once, plain_words, spelled
+from ldm_pipe.prompt import Words as Words  # part of what this module offers, as is `clean`
+from ldm_pipe.prompt import clean as clean
 from ldm_pipe.tokens import Tokenizer, spans, weighed
-from ldm_pipe.windows import MOST_CHUNKS, Chunk, Piece, pieces, placed
-
-Words = str | Wording  # a prompt as it stands, or one whose brackets were read
+from ldm_pipe.windows import MOST_CHUNKS, Chunk, Piece, cut, pieces, placed
 
 
 class TextEncoder(Protocol):
@@ -26,6 +24,12 @@ class TextEncoder(Protocol):
     def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """Encode prompts, each once per call however often it occurs. A text is cut at the encoder's window; a `Wording` takes
         as many windows as it needs, where the encoder has several. chunks: fill all up to so many with empty ones."""
+
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Plain prompts, cut at the window, as tensors of B rows on the CPU: what `encode` reads, by name."""
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """What calling the encoder gives of the same prompts, with gradients for weights that ask for them."""
 
     def chunks(self, prompt: Words) -> int:
         """How many windows a prompt needs; 0 where prompts are names that hold no grammar."""
@@ -58,18 +62,23 @@ class ClipTower:
         chunks = max([chunks, *map(len, rows)])
         blank = (self.tokenizer([""], self.window)[0], [1.0] * self.window)
         whole = [row for filled in rows for row in [*filled, *[blank] * (chunks - len(filled))]]
-        out = self._out([ids for ids, _ in whole])
-        found = out.last_hidden_state if last else out.hidden_states[-2]
+        found, pooled = self.encode(torch.tensor([ids for ids, _ in whole], device=self.encoder.device), last)
         tokens = emphasised(found, torch.tensor([weights for _, weights in whole]))
-        return tokens.reshape(len(prompts), -1, tokens.shape[-1]), _pooled(out)[::chunks]
+        return tokens.reshape(len(prompts), -1, tokens.shape[-1]), pooled[::chunks]
 
     @torch.no_grad()
     def pooled(self, prompts: Sequence[Words]) -> Tensor:
         """The pooled vectors [B, width] alone, of the first chunks."""
-        return _pooled(self._out([self._rows(prompt)[0][0] for prompt in prompts]))
+        return self.encode(torch.tensor([self._rows(p)[0][0] for p in prompts], device=self.encoder.device))[1]
 
-    def _out(self, ids: list[list[int]]) -> Any:
-        return self.encoder(torch.tensor(ids, device=self.encoder.device), output_hidden_states=True)
+    def ids(self, prompts: Sequence[str]) -> Tensor:
+        """Plain prompts as [B, window]."""
+        return torch.tensor(self.tokenizer([clean(p) for p in prompts], self.window))
+
+    def encode(self, ids: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+        """ids [B,L] -> (tokens [B,L,width], pooled [B,width]) as `states` takes them, with gradients."""
+        out = self.encoder(ids, output_hidden_states=True)
+        return out.last_hidden_state if last else out.hidden_states[-2], _pooled(out)
 
     def chunks(self, prompt: Words) -> int:
         """How many windows a prompt needs."""
@@ -128,15 +137,24 @@ class MaskedTower:
     def __call__(self, prompts: Sequence[Words], masked: bool = True, window: int | None = None) -> tuple[Tensor, Tensor]:
         """(tokens [B, window, width], mask [B, window], True = a token that counts). masked: the encoder sees the mask too.
         A `Wording` is one text here, whatever its chunks; its weights act as in `emphasised`."""
+        ids, mask = (t.to(self.encoder.device) for t in self.ids(prompts, window))
+        found = self.encode(ids, mask if masked else None)
+        weights = torch.tensor([self._weights(self._read(p), ids.shape[1]) for p in prompts])
+        return emphasised(found, weights), mask.to(found.device)
+
+    def ids(self, prompts: Sequence[Words], window: int | None = None) -> tuple[Tensor, Tensor]:
+        """(ids, mask), both [B, window]: the words of prompts without their weights."""
         read = [self._read(p) for p in prompts]
         texts = [p if isinstance(p, str) else clean(p.text) for p in read]
         length = window or self.window
-        ids = torch.tensor(self.tokenizer(texts, length), device=self.encoder.device)
-        counts = torch.tensor([self.tokenizer.length(t) for t in texts], device=ids.device)
-        mask = torch.arange(length, device=ids.device) < counts[:, None]
-        out = self.encoder(ids, attention_mask=mask.long()) if masked else self.encoder(ids)
-        weights = torch.tensor([self._weights(p, length) for p in read])
-        return emphasised(out.last_hidden_state, weights), mask.to(out.last_hidden_state.device)
+        counts = torch.tensor([self.tokenizer.length(t) for t in texts])
+        return torch.tensor(self.tokenizer(texts, length)), torch.arange(length) < counts[:, None]
+
+    def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids [B,L], and a mask where the encoder sees one -> tokens [B,L,D], with gradients."""
+        out = self.encoder(ids) if mask is None else self.encoder(ids, attention_mask=mask.long())
+        found: Tensor = out.last_hidden_state
+        return found
 
     def _read(self, prompt: Words) -> Words:
         """The prompt as the model takes it, in one piece."""
@@ -173,11 +191,6 @@ def _pooled(out: Any) -> Tensor:
     return out.pooler_output if found is None else found
 
 
-def cut(over: int, window: int, of: str = "the encoder") -> list[str]:
-    """The sentence for tokens that are not seen, where there are any."""
-    return [f"the prompt is {over} token(s) longer than the {window} of {of}; the end is not seen"] if over else []
-
-
 @dataclass(frozen=True, eq=False)
 class ClipText:
     """CLIP's text model alone: its last hidden states are the condition (Stable Diffusion 1 and 2, the built-in model).
@@ -203,6 +216,14 @@ class ClipText:
         distinct, rows = once(prompts)
         return Cond(tokens=self._tower.states(distinct, chunks, last=True)[0]).take(rows)
 
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As of `TextEncoder`."""
+        return {"clip": self._tower.ids(prompts)}
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """As of `TextEncoder`."""
+        return Cond(tokens=self._tower.encode(ids["clip"], last=True)[0])
+
     def chunks(self, prompt: Words) -> int:
         """How many windows a prompt needs."""
         return self._tower.chunks(prompt)
@@ -225,19 +246,3 @@ class ClipText:
         """The same encoder elsewhere."""
         self._tower.to(device, dtype)
         return self
-
-
-def once(prompts: Sequence[Words]) -> tuple[list[Words], list[int]]:
-    """(the distinct prompts, which of them every prompt is), so that each is encoded once."""
-    distinct = list(dict.fromkeys(prompts))
-    return distinct, [distinct.index(p) for p in prompts]
-
-
-def spelled(prompt: Words) -> str:
-    """The words of a prompt alone."""
-    return prompt if isinstance(prompt, str) else prompt.text
-
-
-def plain_words(prompt: str) -> list[str]:
-    """The words of a prompt in lower case, without the signs between them: what a model with a closed list knows or not."""
-    return re.findall(r"[^\W_]+", prompt.lower())

@@ -56,3 +56,8 @@ def placed(chunks: Sequence[Chunk], window: int) -> list[tuple[str, list[int]]]:
     return [
         (match[0].lower(), spots) for row, at in zip(words, found, strict=True) for match, spots in zip(row, at, strict=True)
     ]
+
+
+def cut(over: int, window: int) -> list[str]:
+    """The sentence for tokens that are not seen, where there are any."""
+    return [f"the prompt is {over} token(s) longer than the {window} of the encoder; the end is not seen"] if over else []

@@ -28,7 +28,7 @@ from train.loop import run
 
 LEVELS = {"name": "logit_normal", "mean": 1.0, "deviation": 1.2}  # those that the built-in model was trained with
 NEW, TOY = lessons.WORDS
-PRIOR = {"prior": "a cat on a red background", "prior_images": 40}
+PRIOR = {"prior": "a duck on a red background", "prior_images": 40}
 Rows = dict[str, Callable[[int], marks.Result]]  # what is compared: count of prompts -> result
 
 
@@ -107,13 +107,13 @@ LESSONS = {
         "lora": EVERYWHERE | {"text_layers": ["*self_attn.*_proj"]},
         "job": {"steps": 400, "lr": 1e-3, "lr_end": 1e-4, "batch": 4, "warmup": 20, "ema": 0.98}}),
     "textual_inversion": Lesson("textual_inversion", SUBJECT, before_after(marks.of_subject(NEW), "", WORD), {
-        "task": {"word": NEW, "vectors": 2, "begin": "apple"},
-        "job": {"steps": 600, "lr": 2e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}}),
+        "task": {"word": NEW, "begin": "duck"},  # the subject is a bird
+        "job": {"steps": 600, "lr": 1e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}}),
     "custom_diffusion": Lesson("custom_diffusion", SUBJECT, before_after(marks.of_subject(NEW), KEYS, WORD), {
-        "task": {"word": NEW, "begin": "apple", "instance": f"a {NEW}", **PRIOR},
+        "task": {"word": NEW, "begin": "duck", "instance": f"a {NEW}", **PRIOR},
         "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "ema": 0.97}}),
     "custom_diffusion_two": Lesson("custom_diffusion", lessons.subject(1, TOY), both, {
-        "task": {"word": TOY, "begin": "apple", "instance": f"a {TOY}", **PRIOR},
+        "task": {"word": TOY, "begin": "bread", "instance": f"a {TOY}", **PRIOR},
         "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "ema": 0.97}}),
     "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {
         "task": {"hint": "edges"},

@@ -3,8 +3,8 @@
 | kind | files |
 |---|---|
 | lora, dora | pytorch_lora_weights.safetensors (diffusers, peft), kohya.safetensors |
-| loha, lokr | kohya.safetensors (LyCORIS), peft/unet/ (or transformer/) and peft/text_encoder/ |
-| oft | peft/unet/ (or transformer/) and peft/text_encoder/ |
+| loha, lokr | kohya.safetensors (LyCORIS), peft/unet/ (or transformer/), peft/text_encoder/ and peft/text_encoder_2/ |
+| oft | peft/unet/ (or transformer/), peft/text_encoder/ and peft/text_encoder_2/ |
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ KOHYA_NAMES = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": 
 Branches = Mapping[str, Low | Delta]
 
 
-def write(branches: Branches, kind: str, network: tuple[str, nn.Module], folder: Path) -> None:
-    """Branches by "part.layer". network: what diffusers calls it, "unet" or "transformer", and itself."""
+def write(branches: Branches, kind: str, network: tuple[str, nn.Module], folder: Path, alone: bool = True) -> None:
+    """Branches by "part.layer". network: what diffusers calls it, "unet" or "transformer", and itself. alone: the model has one
+    text encoder, which kohya does not number."""
     name, module = network
     if kind in ("lora", "dora"):
         _diffusers(branches, kind, name, folder / DIFFUSERS)
     else:
         _peft(branches, kind, name, folder / "peft")
     if kind != "oft":
-        _kohya(branches, kind, module, folder / KOHYA)
+        _kohya(branches, kind, module, folder / KOHYA, alone)
 
 
 def _placed(branches: Branches, network: str) -> dict[str, dict[str, Low | Delta]]:
@@ -57,13 +58,13 @@ def _kept(tensor: Tensor) -> Tensor:
 def _diffusers(branches: Branches, kind: str, network: str, file: Path) -> None:
     tensors, said = dict[str, Tensor](), dict[str, Any]()
     for head, layers in _placed(branches, network).items():
-        stem = f"{head}.text_model" if head == "text_encoder" else head
         for layer, branch in layers.items():
+            stem = _of_clip(f"{head}.", layer) if head.startswith("text_encoder") else f"{head}.{layer}"
             for leaf, tensor in branch.tensors().items():
                 kept = _kept(tensor)
                 if leaf == "magnitude" and branch.tensors()["down"].ndim == 4:
                     kept = kept.reshape(1, -1, 1, 1)  # as peft has those of a convolution
-                tensors[f"{stem}.{layer}.{PEFT_NAMES[leaf]}"] = kept
+                tensors[f"{stem}.{PEFT_NAMES[leaf]}"] = kept
         first = next(iter(layers.values()))
         table = {"r": first.rank, "lora_alpha": first.alpha, "target_modules": list(layers)}
         table |= {
@@ -75,7 +76,13 @@ def _diffusers(branches: Branches, kind: str, network: str, file: Path) -> None:
     save_file(tensors, file, metadata={lora.METADATA: json.dumps(said)})  # one entry: of several the order is random
 
 
-def _kohya(branches: Branches, kind: str, network: nn.Module, file: Path) -> None:
+def _of_clip(head: str, layer: str) -> str:
+    """A layer of a CLIP under the name that older classes had for it, which files keep; some classes still have it."""
+    inner = layer.removeprefix("text_model.")
+    return f"{head}text_model.{inner}" if inner.startswith("encoder.") else head + inner
+
+
+def _kohya(branches: Branches, kind: str, network: nn.Module, file: Path, alone: bool) -> None:
     """SD3 and Flux have LoRA under their authors' names there, and LyCORIS' kinds under the present ones."""
     known = lora_names.layers(network)
     layout = lora_fused.layout_of(known)
@@ -85,7 +92,8 @@ def _kohya(branches: Branches, kind: str, network: nn.Module, file: Path) -> Non
     heads = {NETWORK: "lycoris_" if layout and kind != "lora" else "lora_unet_"}
     for name, branch in left.items():
         part, _, layer = name.partition(".")
-        stem = heads.get(part, "lora_te_text_model_") + layer.replace(".", "_")
+        number = "" if alone else part.removeprefix("text_encoder").removeprefix("_") or "1"
+        stem = (heads[part] + layer if part in heads else _of_clip(f"lora_te{number}_", layer)).replace(".", "_")
         held = {leaf: _kept(tensor) for leaf, tensor in branch.tensors().items()}
         if "up" in held:
             held["up"] *= branch.alpha / alpha

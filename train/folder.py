@@ -42,7 +42,7 @@ def write_part(source: Path, folder: Path, part: str, module: Any, renamed: Call
 
 def add_words(folder: Path, captions: Sequence[str]) -> None:
     """Where a model lists the words it knows, add those that it was now taught."""
-    from ldm_pipe.text import plain_words
+    from ldm_pipe.prompt import plain_words
 
     path = folder / "ldm_pipe.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

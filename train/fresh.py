@@ -1,8 +1,9 @@
 """Models that have learned nothing yet: a fresh network in a whole folder, with the codec and the text encoder of another.
 
 U-Net: Rombach et al. 2022, arXiv 2112.10752. DiT with adaLN-Zero: Scalable Diffusion Models with Transformers, Peebles and Xie
-2022, arXiv 2212.09748, section 3.2: every block begins as the identity, and the output as zero. diffusers' class leaves those
-layers at random; here they are really zero.
+2022, arXiv 2212.09748, section 3.2: every block begins as the identity, and the output as zero. diffusers' classes leave those
+layers at random; here they are really zero. A DiT that is told the caption is PixArt-alpha's, Chen et al. 2023, arXiv
+2310.00426, section 2.3: one adaLN for all blocks, a table for each, and attention to the text that begins as nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ Schedule = Literal["flow", "linear", "scaled_linear", "cosine"]
 class Fresh:
     """The [network] table.
 
-    kind: "unet" (told the caption) or "dit" (told a class: every distinct caption is one). channels: of each resolution, from
-    the latents' own down by factors of two (U-Net), or the one width (DiT). attention, layers: of each resolution (U-Net);
-    layers[0] blocks (DiT). heads: of every attention. patch: latent pixels of a side of a token (DiT). side: pixels of the
-    pictures. schedule and prediction: the path and what is predicted; zero_terminal: the table's last entry has no signal.
-    variance: the network also learns its variance (with objective.hybrid).
+    kind: "unet" or "text_dit" (told the caption), or "dit" (told a class: every distinct caption is one). channels: of each
+    resolution, from the latents' own down by factors of two (U-Net), or the one width (DiT). attention, layers: of each
+    resolution (U-Net); layers[0] blocks (DiT). heads: of every attention. patch: latent pixels of a side of a token (DiT).
+    side: pixels of the pictures. schedule and prediction: the path and what is predicted; zero_terminal: the table's last entry
+    has no signal. variance: the network also learns its variance (with objective.hybrid).
     """
 
-    kind: Literal["unet", "dit"] = "unet"
+    kind: Literal["unet", "dit", "text_dit"] = "unet"
     channels: tuple[int, ...] = (128, 256, 512)
     attention: tuple[bool, ...] = (False, True, True)
     layers: tuple[int, ...] = (2, 2, 2)
@@ -55,6 +56,8 @@ class Fresh:
             raise UsageError("network: zero_terminal takes a table, and prediction v or x0")
         if self.channels[0] % self.heads:
             raise UsageError(f"network: channels of {self.channels[0]} are not a multiple of {self.heads} heads")
+        if self.kind != "unet" and self.channels[0] % 4:
+            raise UsageError(f"network: channels is {self.channels[0]}; a {self.kind} takes a multiple of 4, for its positions")
 
     def write(self, frame: Path, folder: Path, captions: Sequence[str], seed: int) -> None:
         """Fill `folder` with a whole model: fresh weights drawn from `seed`, the rest from the folder `frame`."""
@@ -67,7 +70,7 @@ class Fresh:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = self._build(int(config["latent_channels"]), self.side // factor, frame, len(captions))
-        network.save_pretrained(folder / ("transformer" if self.kind == "dit" else "unet"))
+        network.save_pretrained(folder / ("unet" if self.kind == "unet" else "transformer"))
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(self._scheduler()))
         (folder / "model_index.json").write_text(json.dumps(self._index(captions), indent=1))
@@ -79,12 +82,15 @@ class Fresh:
         out = channels * (1 + self.variance)
         if self.kind == "dit":
             return _dit(self, channels, out, side, classes)
-        width = read_json(frame / "text_encoder" / "config.json")["hidden_size"]
-        return _unet(self, channels, out, side, width)
+        text = read_json(frame / "text_encoder" / "config.json")
+        if text.get("model_type", "clip_text_model") != "clip_text_model":
+            raise UsageError(f"a {self.kind} is told captions by a CLIP; the text encoder of task.model {str(frame)!r} is none")
+        return (_unet if self.kind == "unet" else _text_dit)(self, channels, out, side, text["hidden_size"])
 
     def _scheduler(self) -> dict[str, Any]:
-        if self.schedule == "flow":
-            return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+        if self.schedule == "flow":  # by the class of diffusers that its pipelines of tables and of flows take alike
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0, "steps_offset": 1}
+            return {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, **flow}
         names = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
         curve = {"cosine": "squaredcos_cap_v2"}.get(self.schedule, self.schedule)
         ends = {"beta_start": 0.00085, "beta_end": 0.012} if self.schedule == "scaled_linear" else {}
@@ -93,12 +99,12 @@ class Fresh:
             **named,
             "num_train_timesteps": 1000,
             "timestep_spacing": "trailing",
+            "clip_sample": False,  # diffusers would, at 1, which latents pass
             "rescale_betas_zero_snr": self.zero_terminal,
         }
 
     def _index(self, captions: Sequence[str]) -> dict[str, Any]:
-        kind = "FlowMatchEulerDiscreteScheduler" if self.schedule == "flow" else "DDIMScheduler"
-        both = {"scheduler": ["diffusers", kind], "vae": ["diffusers", "AutoencoderKL"]}
+        both = {"scheduler": ["diffusers", self._scheduler()["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
         if self.kind == "dit":
             classes = {str(i): c.replace(",", " ") for i, c in enumerate(captions)}
             return {
@@ -108,6 +114,13 @@ class Fresh:
                 "id2label": classes,
             }
         text = {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+        if self.kind == "text_dit":
+            return {
+                "_class_name": "PixArtSigmaPipeline",
+                "transformer": ["diffusers", "PixArtTransformer2DModel"],
+                **both,
+                **text,
+            }
         none = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
         return {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], **both, **text, **none}
 
@@ -150,6 +163,30 @@ def _dit(plan: Fresh, channels: int, out: int, side: int, classes: int) -> Any:
     for block in dit.transformer_blocks:
         _zero(block.norm1.linear)
     for layer in (dit.proj_out_1, dit.proj_out_2):
+        _zero(layer)
+    return dit
+
+
+def _text_dit(plan: Fresh, channels: int, out: int, side: int, width: int) -> Any:
+    """PixArt's transformer whose blocks are the identity and whose output is zero. width: of the text encoder."""
+    from diffusers import PixArtTransformer2DModel
+
+    dit = PixArtTransformer2DModel(
+        num_attention_heads=plan.heads,
+        attention_head_dim=plan.channels[0] // plan.heads,
+        in_channels=channels,
+        out_channels=out,
+        num_layers=plan.layers[0],
+        cross_attention_dim=plan.channels[0],
+        caption_channels=width,
+        sample_size=side,
+        patch_size=plan.patch,
+        use_additional_conditions=False,
+    )
+    for block in dit.transformer_blocks:
+        nn.init.zeros_(block.scale_shift_table)
+        _zero(block.attn2.to_out[0])
+    for layer in (dit.adaln_single.linear, dit.proj_out):
         _zero(layer)
     return dit
 

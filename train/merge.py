@@ -90,11 +90,10 @@ def _share(leaves: Mapping[str, Tensor]) -> float:
 
 
 def _place(source: Path, part: str) -> str:
-    """The folder of a part. Text encoders are counted as they come: the refiner's only one lies in text_encoder_2."""
+    """The folder of a part."""
     if part == NETWORK:
         return "unet" if (source / "unet").is_dir() else "transformer"
-    names = [n for n in ("text_encoder", "text_encoder_2", "text_encoder_3") if (source / n).is_dir()]
-    return names[int(part.removeprefix("text_encoder").removeprefix("_") or 1) - 1]
+    return part
 
 
 def _write(source: Path, folder: Path, changed: dict[str, Any], dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm_pipe.cond import Cond
 from ldm_pipe.errors import UsageError, unknown
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import Words, spelled
+from ldm_pipe.prompt import Words, spelled
 
 
 class DiT(nn.Module):
@@ -41,6 +41,14 @@ class Labels:
     def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """extras["label"]: [B], `count` for no class. Raises UsageError naming what is allowed."""
         return Cond(extras={"label": torch.tensor([self._label(spelled(p).strip()) for p in prompts], device=self.device)})
+
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As of `TextEncoder`: the labels themselves."""
+        return {"label": torch.tensor([self._label(p.strip()) for p in prompts])}
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """As of `TextEncoder`."""
+        return Cond(extras=dict(ids))
 
     def chunks(self, prompt: Words) -> int:
         """None: a name may hold brackets."""

@@ -6,7 +6,7 @@ Esser et al. 2024, arXiv 2403.03206, section 5.3.2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import ClipTower, MaskedTower, Words, once
+from ldm_pipe.prompt import once
+from ldm_pipe.text import ClipTower, MaskedTower, Words
 
 WINDOW = 512  # tokens of T5
 PATCH = 2
@@ -86,6 +87,14 @@ class FluxText:
         distinct, rows = once(prompts)
         tokens, _ = self.t5(distinct, masked=False)
         return Cond(tokens=tokens, pooled=self.clip.pooled(distinct)).take(rows)
+
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As of `TextEncoder`."""
+        return {"clip": self.clip.ids(prompts), "t5": self.t5.ids(prompts)[0]}
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """As of `TextEncoder`."""
+        return Cond(tokens=self.t5.encode(ids["t5"]), pooled=self.clip.encode(ids["clip"])[1])
 
     def chunks(self, prompt: Words) -> int:
         """One window, that of T5."""

@@ -1,11 +1,11 @@
-"""PixArt: a diffusion transformer that attends to T5.
+"""PixArt: a diffusion transformer that attends to T5, or, as a training from scratch makes it, to one CLIP.
 
 PixArt-alpha, Chen et al. 2023, arXiv 2310.00426, section 2.3; PixArt-sigma, Chen et al. 2024, arXiv 2403.04692.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
+from ldm_pipe.families import CLIP, class_of
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import MaskedTower, Words, once
+from ldm_pipe.prompt import once
+from ldm_pipe.text import ClipText, MaskedTower, TextEncoder, Words
 
 WINDOWS = {"PixArtAlphaPipeline": 120}  # tokens of T5 by the pipeline that the index names; else 300
 
@@ -56,6 +58,14 @@ class PixArtText:
         tokens, mask = self.t5(distinct)
         return Cond(tokens=tokens, mask=mask).take(rows)
 
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As of `TextEncoder`."""
+        return dict(zip(("t5", "mask"), self.t5.ids(prompts), strict=True))
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """As of `TextEncoder`."""
+        return Cond(tokens=self.t5.encode(ids["t5"], ids["mask"]), mask=ids["mask"])
+
     def chunks(self, prompt: Words) -> int:
         """One window."""
         return 1
@@ -71,8 +81,14 @@ class PixArtText:
 
 
 def assemble(parts: Parts) -> Made:
-    """The bundle of a folder with T5 alone."""
+    """The bundle of a folder with T5 alone, or with a CLIP whose every token is seen, as U-Nets see it."""
     transformer, codec = parts.network("transformer"), parts.codec()
-    t5 = replace(parts.masked("", WINDOWS.get(str(parts.index.get("_class_name")), 300)), lower=True)
     network = PixArt(transformer, codec.factor, transformer.adaln_single.emb.use_additional_conditions)
-    return Made(network, PixArtText(t5), codec, patch=transformer.config.patch_size)
+    text: TextEncoder
+    if class_of(parts.index, "text_encoder") in CLIP:
+        tower = parts.clip()
+        text = ClipText(tower.encoder, tower.tokenizer, frozenset(parts.words) or None)
+    else:
+        window = WINDOWS.get(str(parts.index.get("_class_name")), 300)
+        text = PixArtText(replace(parts.masked("", window), lower=True))
+    return Made(network, text, codec, patch=transformer.config.patch_size)

@@ -6,7 +6,7 @@ section 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import MaskedTower, Words, once
+from ldm_pipe.prompt import once
+from ldm_pipe.text import MaskedTower, Words
 
 WINDOW = 300
 # The words that the published weights were trained with.
@@ -73,11 +74,24 @@ class SanaText:
         if not self.instruction:
             return self.negative(prompts)
         distinct, rows = once([_read(p) for p in prompts])
-        length = self.gemma.tokenizer.length(self.instruction) + WINDOW - 2
-        asked = [self.instruction + p if isinstance(p, str) else p.after(self.instruction) for p in distinct]
-        tokens, mask = self.gemma(asked, window=length)
-        chosen = [0, *range(length - WINDOW + 1, length)]
-        return Cond(tokens=tokens[:, chosen], mask=mask[:, chosen]).take(rows)
+        return _kept(*self.gemma(self._asked(distinct), window=self._length)).take(rows)
+
+    @property
+    def _length(self) -> int:
+        """Tokens of the instruction and of a prompt behind it."""
+        return self.gemma.tokenizer.length(self.instruction) + WINDOW - 2 if self.instruction else WINDOW
+
+    def _asked(self, prompts: Sequence[Words]) -> list[Words]:
+        return [self.instruction + p if isinstance(p, str) else p.after(self.instruction) for p in prompts]
+
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As of `TextEncoder`."""
+        read = self._asked([_read(p) for p in prompts])
+        return dict(zip(("gemma", "mask"), self.gemma.ids(read, self._length), strict=True))
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """As of `TextEncoder`."""
+        return _kept(self.gemma.encode(ids["gemma"], ids["mask"]), ids["mask"])
 
     def negative(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """The same without the instruction."""
@@ -97,6 +111,13 @@ class SanaText:
         """The same encoder elsewhere."""
         self.gemma.to(device, dtype)
         return self
+
+
+def _kept(tokens: Tensor, mask: Tensor) -> Cond:
+    """The first token, and the last 299."""
+    length = tokens.shape[1]
+    chosen = [0, *range(length - WINDOW + 1, length)]
+    return Cond(tokens=tokens[:, chosen], mask=mask[:, chosen])
 
 
 def _read(prompt: Words) -> Words:

@@ -5,7 +5,7 @@ Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm_pipe.cond import Cond
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import ClipTower, MaskedTower, Words, once
+from ldm_pipe.prompt import once
+from ldm_pipe.text import ClipTower, MaskedTower, Words
 
 WINDOW = 256  # tokens of T5
 
@@ -46,14 +47,25 @@ class SD3Text:
     def __call__(self, prompts: Sequence[Words], chunks: int = 1) -> Cond:
         """tokens [B, chunks * 77 + 256, width], pooled [B, sum of the towers' widths]."""
         distinct, rows = once(prompts)
-        states, pooled = zip(*(tower.states(distinct, chunks) for tower in self.clips), strict=True)
+        long = None if self.t5 is None else self.t5(distinct, masked=False)[0]
+        return self._joined([tower.states(distinct, chunks) for tower in self.clips], long).take(rows)
+
+    def _joined(self, seen: Sequence[tuple[Tensor, Tensor]], long: Tensor | None) -> Cond:
+        states, pooled = zip(*seen, strict=True)
         both = torch.cat(states, dim=-1)
         both = F.pad(both, (0, self.width - both.shape[-1]))
-        if self.t5 is None:
-            long = both.new_zeros(len(both), WINDOW, self.width)
-        else:
-            long, _ = self.t5(distinct, masked=False)
-        return Cond(tokens=torch.cat([both, long], dim=1), pooled=torch.cat(pooled, dim=-1)).take(rows)
+        long = both.new_zeros(len(both), WINDOW, self.width) if long is None else long
+        return Cond(tokens=torch.cat([both, long], dim=1), pooled=torch.cat(pooled, dim=-1))
+
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As of `TextEncoder`."""
+        clips = {f"clip_{k}": tower.ids(prompts) for k, tower in enumerate(self.clips)}
+        return clips if self.t5 is None else {**clips, "t5": self.t5.ids(prompts)[0]}
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """As of `TextEncoder`."""
+        long = None if self.t5 is None else self.t5.encode(ids["t5"])
+        return self._joined([tower.encode(ids[f"clip_{k}"]) for k, tower in enumerate(self.clips)], long)
 
     def chunks(self, prompt: Words) -> int:
         """How many windows of the CLIPs a prompt needs; T5 has one."""

@@ -5,7 +5,7 @@ SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis, Pod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from ldm_pipe.cond import Cond
 from ldm_pipe.networks.unet import UNet, inserted
 from ldm_pipe.parts import Made, Parts
-from ldm_pipe.text import ClipTower, Words, once, spelled
+from ldm_pipe.prompt import once, spelled
+from ldm_pipe.text import ClipTower, Words
 
 LIKED, DISLIKED = 6.0, 2.5  # the aesthetic scores that the refiner is told of what is wanted and of what is not
 
@@ -64,9 +65,20 @@ class SDXLText:
 
     def _encoded(self, prompts: Sequence[Words], chunks: int, score: float) -> Cond:
         distinct, rows = once(prompts)
-        states, pooled = zip(*(tower.states(distinct, chunks) for tower in self.towers), strict=True)
-        scores = {"score": states[0].new_full((len(distinct), 1), score)} if self.scored else {}
-        return Cond(tokens=torch.cat(states, dim=-1), pooled=pooled[-1], extras=scores).take(rows)
+        return self._joined([tower.states(distinct, chunks) for tower in self.towers], score).take(rows)
+
+    def _joined(self, seen: Sequence[tuple[Tensor, Tensor]], score: float) -> Cond:
+        states, pooled = zip(*seen, strict=True)
+        scores = {"score": states[0].new_full((len(states[0]), 1), score)} if self.scored else {}
+        return Cond(tokens=torch.cat(states, dim=-1), pooled=pooled[-1], extras=scores)
+
+    def ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As of `TextEncoder`."""
+        return {f"clip_{k}": tower.ids(prompts) for k, tower in enumerate(self.towers)}
+
+    def encode(self, ids: Mapping[str, Tensor]) -> Cond:
+        """As of `TextEncoder`."""
+        return self._joined([tower.encode(ids[f"clip_{k}"]) for k, tower in enumerate(self.towers)], LIKED)
 
     def chunks(self, prompt: Words) -> int:
         """How many windows a prompt needs."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,6 @@ from train.adapting import Low
 from train.job import Job
 from train.loop import run
 from train.tasks.lora import Lora
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
-tiny_families = importlib.import_module("tiny_families")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tiny_families.save(name, tmp_path_factory.mktemp("tiny") / "model")
-        return made[name]
-
-    return folder
 
 
 def weights(bundle: Any, part: str) -> dict[str, Tensor]:
@@ -211,8 +193,9 @@ def test_a_family_that_cannot_is_one_line(saved: Any, pictures: Any, tmp_path: P
     data = {"path": str(pictures(("a fox",))), "cache": str(tmp_path / "cache"), "side": 16, "buckets": False}
     with pytest.raises(UsageError, match="are trained by the task concat"):
         Lora(data, str(saved("sd inpainting"))).net()
-    with pytest.raises(UsageError, match=r"train_text.* take a model with a single CLIP"):
-        Lora(data, str(saved("sdxl")), train_text=True).net()
+    for name, title in (("pixart sigma", "PixArt-alpha and -sigma"), ("sana", "Sana"), ("dit", "DiT, by class")):
+        with pytest.raises(UsageError, match=f"train_text trains text encoders of CLIP's kind, and {title} has none"):
+            Lora({**data, "cache": ""}, str(saved(name)), train_text=True).net()
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])

@@ -1,4 +1,4 @@
-"""Full fine-tuning of a model on a folder of pictures: its U-Net (or transformer), and on request its text encoder."""
+"""Full fine-tuning of a model on a folder of pictures: its U-Net (or transformer), and on request its CLIP text encoders."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from ldm_pipe import loading, strict, tokens
 from ldm_pipe.errors import UsageError
 from ldm_pipe.networks import light_clip
 from ldm_pipe.parts import read_json
-from ldm_pipe.text import clean
 from train import folder as model_folder
-from train import gradient_checkpointing, validation
+from train import gradient_checkpointing, text_encoders, validation
 from train.data.check import check_data
 from train.data.dataset import Data, Dataset, Seen
 from train.data.order import Visit, stream
@@ -128,8 +127,6 @@ class Finetune(Task):
         self.plan.check(bundle.model)
         if bundle.inserts is not None and not self.beside:
             raise UsageError("models that take a picture beside the noise are trained by the task concat")
-        if self._live_text and not hasattr(bundle.text, "encoder"):
-            raise UsageError("train_text, data.shuffle and an empty data.cache take a model with a single CLIP")
         if self.settings.cache:
             for dataset in filter(None, self._split):
                 self.precomputed.fill_latents(dataset)
@@ -138,7 +135,7 @@ class Finetune(Task):
         bundle.model.requires_grad_(self.train_network)
         if self.gradient_checkpointing:
             gradient_checkpointing.use(bundle.model)
-        text = bundle.text.encoder if self.train_text else None
+        text = text_encoders.learning(bundle) if self.train_text else {}
         found = DenoiserLoss(bundle, self.plan, text, LogVariance() if self.log_variance else None)
         if self.repa:
             plan = strict.build(Repa, self.repa, "[repa]")
@@ -161,7 +158,7 @@ class Finetune(Task):
         batch: Batch = {n: torch.from_numpy(np.stack([d[n] for d in draws])) for n in draws[0]}
         captions = [self.said(seed, s) for s in seen]
         if self._live_text:
-            batch["ids"] = torch.tensor(self.bundle.text.tokenizer([clean(c) for c in captions], self.bundle.text.window))
+            batch |= {f"ids_{n}": t for n, t in self.bundle.text.ids(captions).items()}
         else:
             batch |= {f"text_{n}": t for n, t in self.precomputed.text(captions).items()}
         batch["text_sizes"] = torch.tensor([s.geometry.time_ids for s in seen], dtype=torch.float32)
@@ -193,14 +190,13 @@ class Finetune(Task):
     def export(self, net: Any, folder: Path) -> None:
         """The whole model, with what was trained in it."""
         network = _network_part(self.source)
-        trained = [network] * self.train_network + ["text_encoder"] * self.train_text
-        model_folder.copy(self.source, folder, trained)
+        texts = text_encoders.clips(self.bundle) if self.train_text else {}
+        model_folder.copy(self.source, folder, [network] * self.train_network + [*texts])
         if self.train_network:
             inner = self.bundle.model.network
             model_folder.write_part(self.source, folder, network, getattr(inner, network, None) or next(inner.children()))
-        if self.train_text:
-            encoder = self.bundle.text.encoder
-            model_folder.write_part(self.source, folder, "text_encoder", encoder, light_clip.renamed)
+        for part, encoder in texts.items():
+            model_folder.write_part(self.source, folder, part, encoder, light_clip.renamed)
         model_folder.add_words(folder, self._captions())
         model_folder.write_sums(folder)
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ldm_pipe import lora, strict
+from ldm_pipe import families, lora, strict
 from ldm_pipe.errors import UsageError
 from ldm_pipe.lora_names import NETWORK
-from train import adapter_files
+from train import adapter_files, text_encoders
 from train.adapting import Around, Shape
 from train.data.dataset import Data
 from train.tasks.finetune import Finetune
@@ -70,16 +70,22 @@ class Lora(Adapting):
         """One for every layer that is named, as "part.layer"."""
         known = lora.parts(self.bundle)
         wanted = {NETWORK: self.shape.layers} if self.train_network else {}
-        wanted |= {"text_encoder": self.shape.text_layers} if self.train_text else {}
+        used = set[int]()
+        if self.train_text:
+            wanted |= dict.fromkeys(text_encoders.clips(self.bundle), self.shape.text_layers)
+            used = text_encoders.reached(self.bundle)
         found: dict[str, nn.Module] = {}
         for part, patterns in wanted.items():
             for name, branch in self.shape.branches(known[part], patterns).items():
-                self.handles.append(branch.beside(known[part].get_submodule(name)))
-                found[f"{part}.{name}"] = branch
+                layer: Any = known[part].get_submodule(name)
+                if part == NETWORK or id(layer.weight) in used:
+                    self.handles.append(branch.beside(layer))
+                    found[f"{part}.{name}"] = branch
         return found
 
     def export(self, net: Any, folder: Path) -> None:
         """The branches in every layout that holds their kind."""
         named = {name.replace("-", "."): branch for name, branch in net.branches.items()}
         name = "transformer" if hasattr(self.bundle.model.network, "transformer") else "unet"
-        adapter_files.write(named, self.shape.kind, (name, lora.parts(self.bundle)[NETWORK]), folder)
+        alone = families.encoders(self.bundle.family) == ["text_encoder"]
+        adapter_files.write(named, self.shape.kind, (name, lora.parts(self.bundle)[NETWORK]), folder, alone)
