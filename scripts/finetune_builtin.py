@@ -111,10 +111,10 @@ LESSONS = {
         "job": {"steps": 600, "lr": 1e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}}),
     "custom_diffusion": Lesson("custom_diffusion", SUBJECT, before_after(marks.of_subject(NEW), KEYS, WORD), {
         "task": {"word": NEW, "begin": "duck", "instance": f"a {NEW}", **PRIOR},
-        "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "ema": 0.97}}),
+        "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "custom_diffusion_two": Lesson("custom_diffusion", lessons.subject(1, TOY), both, {
         "task": {"word": TOY, "begin": "bread", "instance": f"a {TOY}", **PRIOR},
-        "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "ema": 0.97}}),
+        "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {
         "task": {"hint": "edges"},
         "job": {"steps": 600, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),

@@ -93,7 +93,8 @@ def of_style(pipe: Pipeline, count: int) -> Result:
     pictures = drawn(pipe, [captions(s)[0] for s in wanted])
     line = share(sum(map(has_line, pictures)), count)
     right = share(sum(map(names_right, pictures, wanted)), count)
-    return Result(pictures, {"line": line, "objects": right})
+    rims = [float(p[ring(p)].max(-1).mean()) for p in pictures if ring(p).any()]
+    return Result(pictures, {"line": line, "objects": right}, {"brightness of the rim, of 255": float(np.mean(rims))})
 
 
 def of_subject(word: str) -> Callable[[Pipeline, int], Result]:

@@ -90,7 +90,7 @@ def _share(leaves: Mapping[str, Tensor]) -> float:
 
 
 def _place(source: Path, part: str) -> str:
-    """The folder of a part."""
+    """The folder of a part: text encoders are called by theirs."""
     if part == NETWORK:
         return "unet" if (source / "unet").is_dir() else "transformer"
     return part

@@ -112,12 +112,12 @@ def test_what_is_learned_is_what_the_door_applies(make: Any, tiny: Any, tmp_path
     outs = []
     with torch.no_grad():
         beside = net.branches["control"]
-        for change in (controlnet(beside, network, hint)[""], Patched(beside, hint).changes(network, Run(walk))[""]):
+        for change in (controlnet(beside, network, hint), Patched(beside, hint).changes(network, Run(walk))[""]):
             with changed(network, {"": [change]}):
                 outs.append(model.network(x, torch.tensor([500]), Cond(tokens=tokens)))
     assert torch.equal(*outs)
     both, hints, more = torch.cat([x, x]), torch.cat([hint, 1 - hint]), torch.cat([tokens, tokens])
-    with torch.no_grad(), changed(network, {"": [controlnet(beside, network, hints)[""]]}):
+    with torch.no_grad(), changed(network, {"": [controlnet(beside, network, hints)]}):
         rows = model.network(both, torch.tensor([500, 500]), Cond(tokens=more))
     assert torch.allclose(rows[:1], outs[0], atol=1e-5)
     assert not torch.allclose(rows[1:], outs[0], atol=1e-3)

@@ -8,7 +8,6 @@ section 3.3: a small network that reads the picture alone, learning rate 1e-5.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,16 +35,16 @@ class Steered(Around):
         """The losses."""
         network, beside = root(self.frozen[0].model), self.branches["control"]
         kind = t2i if type(beside).__name__ == "T2IAdapter" else controlnet
-        with changed(network, {place: [change] for place, change in kind(beside, network, batch["hint"]).items()}):
+        with changed(network, {"": [kind(beside, network, batch["hint"])]}):
             return super().forward(batch)
 
 
-def t2i(adapter: Any, network: nn.Module, picture: Tensor) -> Mapping[str, Change]:
-    """The changes that add an adapter's features of a picture."""
-    return T2IAdapter(tuple(adapter(picture))).changes(network, Run(()))
+def t2i(adapter: Any, network: nn.Module, picture: Tensor) -> Change:
+    """The change that adds an adapter's features of a picture."""
+    return T2IAdapter(tuple(adapter(picture))).changes(network, Run(()))[""]
 
 
-def controlnet(beside: Any, network: nn.Module, picture: Tensor) -> Mapping[str, Change]:
+def controlnet(beside: Any, network: nn.Module, picture: Tensor) -> Change:
     """The change that adds what a ControlNet makes of a picture."""
 
     def steered(call: Any, x: Tensor, time: Tensor, **given: Any) -> Any:
@@ -55,7 +54,7 @@ def controlnet(beside: Any, network: nn.Module, picture: Tensor) -> Mapping[str,
         more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return call(x, time, **given, **more)
 
-    return {"": steered}
+    return steered
 
 
 @dataclass(frozen=True)
