@@ -93,26 +93,30 @@ def both(export: Path, plain: Pipeline) -> Rows:
     }
 
 
-SUBJECT = lessons.subject(0, NEW)
+def subject(name: str, word: str, lora: str, learned: str, recipe: str, tables: dict[str, dict[str, Any]]) -> Lesson:
+    """A lesson of one object under a word."""
+    return Lesson(recipe, lessons.subject(name, word), before_after(marks.of_subject(name, word), lora, learned), tables)
+
+
+FIRST, SECOND = lessons.NAMES
 KEYS = "custom_diffusion.safetensors"
 LOW, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
-EVERYWHERE = {"rank": 16, "layers": ["*attn*.to_?", "*attn*.to_out.0", "*conv?"]}
+FOUND = {"task": {"word": NEW, "begin": "duck"}, "job": {"steps": 600, "lr": 1e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}}
 LESSONS = {
     "lora_style": Lesson("lora", lessons.styled, before_after(marks.of_style, LOW), {
         "lora": {"rank": 16, "layers": ["*"]},
         "objective": {"levels": {"name": "logit_normal", "mean": 0.0, "deviation": 1.2}},  # a line is drawn late
         "job": {"steps": 800, "lr": 1e-3, "lr_end": 5e-5, "batch": 8, "warmup": 20, "ema": 0.98}}),
-    "dreambooth": Lesson("dreambooth", lessons.subject(0, lessons.RARE), before_after(marks.of_subject(lessons.RARE), LOW), {
+    "dreambooth": subject(FIRST, lessons.RARE, LOW, "", "dreambooth", {
         "task": {"instance": f"a {lessons.RARE}", **PRIOR, "train_text": True},
-        "lora": EVERYWHERE | {"text_layers": ["*self_attn.*_proj"]},
+        "lora": {"rank": 16, "layers": ["*attn*.to_?", "*attn*.to_out.0", "*conv?"], "text_layers": ["*self_attn.*_proj"]},
         "job": {"steps": 400, "lr": 1e-3, "lr_end": 1e-4, "batch": 4, "warmup": 20, "ema": 0.98}}),
-    "textual_inversion": Lesson("textual_inversion", SUBJECT, before_after(marks.of_subject(NEW), "", WORD), {
-        "task": {"word": NEW, "begin": "duck"},  # the subject is a bird
-        "job": {"steps": 600, "lr": 1e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}}),
-    "custom_diffusion": Lesson("custom_diffusion", SUBJECT, before_after(marks.of_subject(NEW), KEYS, WORD), {
+    "textual_inversion_known": subject(lessons.KNOWN, NEW, "", WORD, "textual_inversion", FOUND),
+    "textual_inversion": subject(FIRST, NEW, "", WORD, "textual_inversion", FOUND),
+    "custom_diffusion": subject(FIRST, NEW, KEYS, WORD, "custom_diffusion", {
         "task": {"word": NEW, "begin": "duck", "instance": f"a {NEW}", **PRIOR},
         "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
-    "custom_diffusion_two": Lesson("custom_diffusion", lessons.subject(1, TOY), both, {
+    "custom_diffusion_two": Lesson("custom_diffusion", lessons.subject(SECOND, TOY), both, {
         "task": {"word": TOY, "begin": "bread", "instance": f"a {TOY}", **PRIOR},
         "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {

@@ -16,6 +16,8 @@ from train.world.scenes import Placed, Scene, scene_at
 from train.world.sprites import objects, sprite
 
 WORDS = ("<new>", "<toy>")  # of the first and the second subject
+NAMES = objects("heldout")[:2]  # what they are
+KNOWN = "owl"  # an object of the training scenes, to be found again under a new word
 RARE = "zkr"  # what DreamBooth calls the first: no word of the captions, so the tokenizer spells it
 STANDS_OUT = 40  # of a colour to the ground's, in 256 levels
 
@@ -45,19 +47,18 @@ def styled(folder: Path) -> None:
             made += 1
 
 
-def subject(which: int, word: str) -> Callable[[Path], None]:
-    """Four renders of a held-out object, each on another colour."""
+def subject(name: str, word: str) -> Callable[[Path], None]:
+    """Four renders of an object, each on another colour."""
 
     def four(folder: Path) -> None:
         for k, colour in enumerate(("red", "blue", "white", "green")):
-            _save(folder / str(k), render(alone(which, colour)), f"a {word} on a {colour} background")
+            _save(folder / str(k), render(alone(name, colour)), f"a {word} on a {colour} background")
 
     return four
 
 
-def alone(which: int, colour: str) -> Scene:
-    """A held-out object in the middle of a colour."""
-    name = objects("heldout")[which]
+def alone(name: str, colour: str) -> Scene:
+    """An object in the middle of a colour."""
     h, w = sprite(name, 40).shape[:2]
     return Scene("one", colour, (Placed(name, 40, (64 - w) // 2, (64 - h) // 2),))
 

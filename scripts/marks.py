@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lessons import WORDS, alone, standing_out
+from lessons import NAMES, WORDS, alone, standing_out
 from measuring import graded, scenes, share
 from PIL import Image
 from scipy import ndimage
@@ -29,7 +29,6 @@ from train.hints import edges
 from train.world import render
 from train.world.nearest import nearest
 from train.world.scenes import COLOURS, Placed, Scene, captions
-from train.world.sprites import objects
 
 DARK = 70  # what counts as black, of 256 levels
 NEAR = 5.0  # pixels between where an object is and where it was to be
@@ -97,12 +96,11 @@ def of_style(pipe: Pipeline, count: int) -> Result:
     return Result(pictures, {"line": line, "objects": right}, {"brightness of the rim, of 255": float(np.mean(rims))})
 
 
-def of_subject(word: str) -> Callable[[Pipeline, int], Result]:
-    """The first subject on colours, most of them unseen and half of the prompts with an old object beside it, and old objects,
-    which are to stay."""
+def of_subject(name: str, word: str) -> Callable[[Pipeline, int], Result]:
+    """A subject on colours, most of them unseen, and beside old objects; and old objects, which are to stay."""
 
     def measure(pipe: Pipeline, count: int) -> Result:
-        name, colours = objects("heldout")[0], list(COLOURS)
+        colours = list(COLOURS)
         single = [Scene("one", colours[k % len(colours)], (Placed(name, 40, 12, 12),)) for k in range(count)]
         pictures = drawn(pipe, [f"a {word} on a {s.colour} background" for s in single])
         new = share(sum(map(names_right, pictures, single)), count)
@@ -124,12 +122,12 @@ def _both(picture: np.ndarray, names: Sequence[str]) -> bool:
 
 def of_pair(pipe: Pipeline, count: int) -> Result:
     """Both subjects in one picture, each alone, and old objects."""
-    names, colours = objects("heldout")[:2], list(COLOURS)
+    colours = list(COLOURS)
     scene = scenes("two", "train", count, 94)
     pictures = drawn(pipe, [f"a {WORDS[0]} {s.relation} a {WORDS[1]} on a {s.colour} background" for s in scene])
-    found = {"both in one picture": share(sum(_both(p, names) for p in pictures), count)}
-    for which, word in enumerate(WORDS):
-        lone = [alone(which, colours[k % len(colours)]) for k in range(count)]
+    found = {"both in one picture": share(sum(_both(p, NAMES) for p in pictures), count)}
+    for name, word in zip(NAMES, WORDS, strict=True):
+        lone = [alone(name, colours[k % len(colours)]) for k in range(count)]
         single = drawn(pipe, [f"a {word} on a {s.colour} background" for s in lone])
         found[f"{word} alone"] = share(sum(map(names_right, single, lone)), count)
         pictures = [*pictures[:4], *single[:2], *pictures[4:]]
