@@ -101,7 +101,7 @@ def subject(name: str, word: str, lora: str, learned: str, recipe: str, tables: 
 FIRST, SECOND = lessons.NAMES
 KEYS = "custom_diffusion.safetensors"
 LOW, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
-FOUND = {"task": {"word": NEW, "begin": "duck"}, "job": {"steps": 600, "lr": 1e-2, "lr_end": 1e-3, "batch": 8, "ema": 0.95}}
+FOUND = {"task": {"word": NEW, "begin": "duck"}, "job": {"steps": 600, "lr": 2e-3, "lr_end": 2e-4, "batch": 8, "ema": 0.95}}
 LESSONS = {
     "lora_style": Lesson("lora", lessons.styled, before_after(marks.of_style, LOW), {
         "lora": {"rank": 16, "layers": ["*"]},
