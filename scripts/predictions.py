@@ -77,17 +77,14 @@ def measured(export: Path, count: int) -> tuple[dict[str, Any], list[Image.Image
 
 def table(found: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        str(__doc__).split("\n\n")[2].strip(),
-        "",
-        "| | right by the grader, % | nearest sprite and colour, % | steps | minutes |",
-    ]
+    head = "| | right by the grader, % | nearest sprite and colour, % | steps | minutes |"
+    lines = [str(__doc__).split("\n\n")[2].strip(), "", head]
     for name, row in ((n, found[n]) for n in ROWS if n in found):
         cells = ["{right:.0f} ({low:.0f} to {high:.0f})".format(**row[k]) for k in ("grader", "nearest")]
         lines += ["|---|---|---|---|---|"] * (len(lines) == 3)
         lines.append(f"| {name} | {' | '.join(cells)} | {row['steps']} | {row['minutes']:.0f} |")
     prompts = next(iter(found.values()))["grader"]["prompts"]
-    last = f"{prompts} prompts a row, 25 steps, guidance 2, the sampler that each export names; minutes of one thread, bf16."
+    last = f"{prompts} prompts a row, 25 steps, guidance 2, each with its own sampler; one thread of a busy machine, bf16."
     return "\n".join(["# What the network predicts", "", *lines, "", last, "", "![rows as in the table](predictions.png)", ""])
 
 
