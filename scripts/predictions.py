@@ -1,6 +1,6 @@
 """Train noise, velocity and flow from nothing on the same pictures of the built-in world, and compare what they draw.
 
-python scripts/predictions.py                     # predictions.{json,md,png} into docs/results/; about 45 minutes of one core
+python scripts/predictions.py                     # predictions.{json,md,png} into docs/results/; 25 minutes of one core a row
 python scripts/predictions.py --only v --steps 200 --prompts 20 --output /tmp/look
 
 Same network, same fresh weights, same pictures in the same order, same optimiser; what differs is the path, what the network
