@@ -176,7 +176,7 @@ def section(name: str, found: dict[str, Any]) -> str:
     for settings, (right, seconds) in found.get("sweep", {}).items():
         cells = [f"{mark} {one['right']:.0f}" for mark, one in right.items()]
         lines.append(f"- with `{settings}`: {', '.join(cells)} ({seconds / 60:.1f} minutes)")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, ""]).replace("<", "&lt;")
 
 
 def page(folder: Path) -> None:
@@ -211,8 +211,7 @@ def learn(name: str, args: argparse.Namespace) -> None:
     print(name, args.set, shown, f"{spent:.0f} s", flush=True)
     write(folder, f"finetune_{name}", found)
     page(folder)
-    strips = [r.pictures[: 16 if len(r.pictures) == 16 else 8] for r in results.values()]  # 16: with what steered them
-    sheet = image.grid([Image.fromarray(p) for strip in strips for p in strip], 8)
+    sheet = image.grid([Image.fromarray(p) for r in results.values() for p in r.pictures], 8)
     sheet.save(folder / f"finetune_{name}.png" if not args.set else place / "sheet.png")
 
 

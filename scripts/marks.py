@@ -18,6 +18,7 @@ import torch
 from lessons import NAMES, WORDS, alone, standing_out
 from measuring import graded, scenes, share
 from PIL import Image
+from restoration_rows import psnr
 from scipy import ndimage
 
 from ldm_pipe import Pipeline
@@ -28,7 +29,7 @@ from ldm_pipe.restore.text import parse
 from train.hints import edges
 from train.world import render
 from train.world.nearest import nearest
-from train.world.scenes import COLOURS, Placed, Scene, captions
+from train.world.scenes import COLOURS, Scene, captions
 
 DARK = 70  # what counts as black, of 256 levels
 NEAR = 5.0  # pixels between where an object is and where it was to be
@@ -36,7 +37,7 @@ NEAR = 5.0  # pixels between where an object is and where it was to be
 
 @dataclass
 class Result:
-    """Of one model: pictures of the first prompts, shares that are right, and other figures."""
+    """Of one model: the pictures of the sheet, in rows of eight, shares that are right, and other figures."""
 
     pictures: list[Any]
     right: dict[str, dict[str, float]]
@@ -74,16 +75,16 @@ def _places(found: Sequence[Any], scene: Scene) -> bool:
     return any(map(meet, permutations(found)))
 
 
-def psnr(a: Any, b: Any) -> float:
-    """In dB, of pictures of 256 levels."""
-    error = np.square(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))
-
-
 def drawn(pipe: Pipeline, prompts: list[str]) -> list[np.ndarray]:
     """Picture i of prompt i and seed i."""
     out = pipe(prompts, seeds=tuple(range(len(prompts))), batch_size=25)
     return [np.asarray(i) for i in out.images]
+
+
+def old_objects(pipe: Pipeline, count: int) -> dict[str, float]:
+    """What is left of the objects that the model knew, on their own."""
+    wanted = scenes("one", "train", count, 92)
+    return share(sum(map(names_right, drawn(pipe, [captions(s)[0] for s in wanted]), wanted)), count)
 
 
 def of_style(pipe: Pipeline, count: int) -> Result:
@@ -93,7 +94,7 @@ def of_style(pipe: Pipeline, count: int) -> Result:
     line = share(sum(map(has_line, pictures)), count)
     right = share(sum(map(names_right, pictures, wanted)), count)
     rims = [float(p[ring(p)].max(-1).mean()) for p in pictures if ring(p).any()]
-    return Result(pictures, {"line": line, "objects": right}, {"brightness of the rim, of 255": float(np.mean(rims))})
+    return Result(pictures[:8], {"line": line, "objects": right}, {"brightness of the rim, of 255": float(np.mean(rims))})
 
 
 def of_subject(name: str, word: str) -> Callable[[Pipeline, int], Result]:
@@ -101,17 +102,15 @@ def of_subject(name: str, word: str) -> Callable[[Pipeline, int], Result]:
 
     def measure(pipe: Pipeline, count: int) -> Result:
         colours = list(COLOURS)
-        single = [Scene("one", colours[k % len(colours)], (Placed(name, 40, 12, 12),)) for k in range(count)]
+        single = [alone(name, colours[k % len(colours)]) for k in range(count)]
         pictures = drawn(pipe, [f"a {word} on a {s.colour} background" for s in single])
         new = share(sum(map(names_right, pictures, single)), count)
         with_old = scenes("two", "train", count, 93)
         told = [f"a {word} {s.relation} a {s.names[1]} on a {s.colour} background" for s in with_old]
         beside = drawn(pipe, told)
         both = share(sum(_both(p, (name, s.names[1])) for p, s in zip(beside, with_old, strict=True)), count)
-        old = scenes("one", "train", count, 92)
-        kept = share(sum(map(names_right, drawn(pipe, [captions(s)[0] for s in old]), old)), count)
-        found = {"the subject on a colour": new, "the subject beside an old object": both, "old objects": kept}
-        return Result([*pictures[:4], *beside[:4]], found)
+        found = {"the subject on a colour": new, "the subject beside an old object": both}
+        return Result([*pictures[:4], *beside[:4]], found | {"old objects": old_objects(pipe, count)})
 
     return measure
 
@@ -125,15 +124,13 @@ def of_pair(pipe: Pipeline, count: int) -> Result:
     colours = list(COLOURS)
     scene = scenes("two", "train", count, 94)
     pictures = drawn(pipe, [f"a {WORDS[0]} {s.relation} a {WORDS[1]} on a {s.colour} background" for s in scene])
-    found = {"both in one picture": share(sum(_both(p, NAMES) for p in pictures), count)}
+    found, shown = {"both in one picture": share(sum(_both(p, NAMES) for p in pictures), count)}, pictures[:4]
     for name, word in zip(NAMES, WORDS, strict=True):
         lone = [alone(name, colours[k % len(colours)]) for k in range(count)]
         single = drawn(pipe, [f"a {word} on a {s.colour} background" for s in lone])
         found[f"{word} alone"] = share(sum(map(names_right, single, lone)), count)
-        pictures = [*pictures[:4], *single[:2], *pictures[4:]]
-    old = scenes("one", "train", count, 92)
-    kept = drawn(pipe, [captions(s)[0] for s in old])
-    return Result(pictures, found | {"old objects": share(sum(map(names_right, kept, old)), count)})
+        shown += single[:2]
+    return Result(shown, found | {"old objects": old_objects(pipe, count)})
 
 
 def of_layout(control: str) -> Callable[[Pipeline, int], Result]:
@@ -172,7 +169,7 @@ def of_restored(operator: str, by: Restorer) -> Callable[[Pipeline, int], Result
                 truth = to_pil(codec.decode(codec.encode(to_tensor([Image.fromarray(render(scene))]))))[0]
             degraded = to_pil(parse(operator)(to_tensor([truth])))[0]
             pictures.append(by(pipe, degraded, captions(scene)[0], k))
-            gains.append(psnr(pictures[-1], truth))
+            gains.append(psnr(pictures[-1], truth, ""))
         right = share(graded(pictures, wanted), count)
         shown = [np.asarray(pictures[k * count // 8]) for k in range(8)]  # all kinds of scenes
         return Result(shown, {"right": right}, {"PSNR, dB": float(np.mean(gains))})

@@ -55,6 +55,11 @@ def pictures(folder: Path) -> None:
                     made += 1
 
 
+def folder_of(place: Path, name: str, steps: int) -> Path:
+    """Where a row is trained."""
+    return place / f"{name}-{steps}".replace(",", "").replace(" ", "_")
+
+
 def trained(name: str, place: Path, steps: int) -> Path:
     """The export of a row."""
     network, levels = ROWS[name]
@@ -62,7 +67,7 @@ def trained(name: str, place: Path, steps: int) -> Path:
     tables["network"] |= NETWORK | network
     tables["data"] |= {"path": str(place / "data"), "cache": str(place / "cache")}
     tables["objective"] |= {"levels": levels}
-    tables["job"] |= {"output": str(place / f"{name}-{steps}".replace(",", "").replace(" ", "_")), "steps": steps, "batch": 64}
+    tables["job"] |= {"output": str(folder_of(place, name, steps)), "steps": steps, "batch": 64}
     tables["job"] |= {"lr": 1.5e-3, "lr_end": 1e-5, "warmup": 100, "ema": 0.995, "precision": "bf16"}
     return run(*recipes.build(tables, name))
 
@@ -78,10 +83,9 @@ def measured(export: Path, count: int) -> tuple[dict[str, Any], list[Image.Image
 def table(found: dict[str, Any]) -> str:
     """The results as Markdown."""
     head = "| | right by the grader, % | nearest sprite and colour, % | steps | minutes |"
-    lines = [str(__doc__).split("\n\n")[2].strip(), "", head]
+    lines = [str(__doc__).split("\n\n")[2].strip(), "", head, "|---|---|---|---|---|"]
     for name, row in ((n, found[n]) for n in ROWS if n in found):
         cells = ["{right:.0f} ({low:.0f} to {high:.0f})".format(**row[k]) for k in ("grader", "nearest")]
-        lines += ["|---|---|---|---|---|"] * (len(lines) == 3)
         lines.append(f"| {name} | {' | '.join(cells)} | {row['steps']} | {row['minutes']:.0f} |")
     prompts = next(iter(found.values()))["grader"]["prompts"]
     last = f"{prompts} prompts a row, 25 steps, guidance 2, each with its own sampler; one thread of a busy machine, bf16."
@@ -107,13 +111,9 @@ def main() -> None:
         image.grid(shown, SHOWN).save(export / "shown.png")
         write(args.output, "predictions", found, table(found))
         print(name, found[name], flush=True)
-        strips = [Image.open(p) for p in (_shown(place, n, found) for n in ROWS if n in found) if p.exists()]
+        exports = [folder_of(place, n, found[n]["steps"]) / "export" for n in ROWS if n in found]
+        strips = [Image.open(e / "shown.png") for e in exports if (e / "shown.png").exists()]
         files.write(args.output / "predictions.png", recipe.encode(image.grid(strips, 1), None), replace=True)
-
-
-def _shown(place: Path, name: str, found: dict[str, Any]) -> Path:
-    folder = f"{name}-{found[name]['steps']}".replace(",", "").replace(" ", "_")
-    return place / folder / "export" / "shown.png"
 
 
 if __name__ == "__main__":

@@ -69,9 +69,8 @@ class Table:
         }
         self.shown: dict[str, list[Image.Image]] = {"truth": [], "degraded": []}
         self.refused: dict[str, str] = dict(before.get("refused", {}))
-        self.about: list[tuple[float, float]] = list(
-            before.get("about", [])
-        )  # PSNR of a second round trip, is the truth right?
+        # PSNR of a second round trip, and is the truth right?
+        self.about: list[tuple[float, float]] = list(before.get("about", []))
         self.whole = not self.about  # are the pictures that are shown all there?
         for k in range(self.pictures):
             self._scene(k)
