@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -112,3 +113,19 @@ def diffusers_model() -> Callable[[str], Any]:
         return Model(Net(net.eval(), kind), VP.linear(), EPS)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """saved(name): the folder of a tiny model of a family, by its name in scripts/tiny_families.py. Do not change it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+                tiny_families = importlib.import_module("tiny_families")
+            made[name] = tiny_families.save(name, tmp_path_factory.mktemp("tiny") / "model")
+        return made[name]
+
+    return folder

@@ -22,19 +22,6 @@ CASES = [(name, sampler) for name in tiny_families.MADE for sampler in families.
 Saved = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """saved(name): the folder of a tiny checkpoint."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tiny_families.save(name, tmp_path_factory.mktemp("tiny") / "model")
-        return made[name]
-
-    return folder
-
-
 @pytest.mark.parametrize(("name", "sampler"), CASES)
 def test_the_finished_latents_equal_diffusers(saved: Saved, name: str, sampler: str) -> None:
     """Same folder, prompts, start and steps, guidance included: 1e-4 of the largest value in fp32."""

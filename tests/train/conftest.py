@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,22 +15,6 @@ from torch import Tensor
 
 from ldm_pipe import Cond
 from train.job import Job
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
-tiny_families = importlib.import_module("tiny_families")
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """saved(name): the folder of a tiny model of a family, by its name in scripts/tiny_families.py. Do not change it."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tiny_families.save(name, tmp_path_factory.mktemp("tiny") / "model")
-        return made[name]
-
-    return folder
 
 
 @pytest.fixture(scope="session")
