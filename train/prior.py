@@ -5,6 +5,7 @@ DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Genera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,26 @@ from train.tasks.finetune import Finetune
 
 @dataclass(frozen=True)
 class Prior(Finetune):
-    """The drawn pictures as a data set of one caption."""
-
-    prompt: str = ""
+    """The drawn pictures as a data set, each with the prompt that it was drawn from."""
 
     def said(self, seed: int, seen: Seen) -> str:
-        """The class."""
-        return self.prompt
+        """The prompt: never dropped, never shuffled."""
+        return self.dataset.rows[seen.row].captions[0]
 
 
-def drawn(bundle: Any, weights: str, prompt: str, count: int, cache: Path) -> Path:
-    """The folder with `count` pictures of a prompt, image k of seed k, drawn with the model's defaults where it is missing.
+def drawn(bundle: Any, weights: str, prompts: Sequence[str], count: int, cache: Path) -> Path:
+    """The folder with `count` pictures, drawn with the model's defaults where it is missing: image k is of seed k and of the
+    k-th prompt, over and over.
 
     weights: the digest of the model's.
     """
-    folder = cache / f"prior-{key_of(weights=weights, prompt=prompt, count=count)[:16]}"
+    folder = cache / f"prior-{key_of(weights=weights, prompts=list(prompts), count=count)[:16]}"
     if not folder.exists():
         with files.new_folder(folder) as temp:
-            pictures = Pipeline(bundle)(prompt, num_images=count, seed=0).images
-            for k, picture in enumerate(pictures):
+            said = [prompts[k % len(prompts)] for k in range(count)]
+            for k, picture in enumerate(Pipeline(bundle)(said, seeds=tuple(range(count))).images):
                 picture.save(temp / f"{k:04}.png")
+                (temp / f"{k:04}.txt").write_text(said[k], encoding="utf-8")
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 USUAL = 100
 STEPS: Mapping[str, int] = {"repaint": 25}  # with its jumps these are about 100 evaluations too
 SPACINGS: Mapping[str, str] = {"dmps": "leading"}  # it cannot start at alpha = 0, where a zero-terminal table does
-ROUNDS = 2  # of conjugate gradients in the proximal maps of latents, each two passes through the decoder and one back
+ROUNDS = 2  # of conjugate gradients in the proximal maps of latents, each a pass through the decoder and one back
 # The paper's kernel: (sampler, its fields).
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "blended": ("ddim", {}),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ldm_pipe.codec import Codec
-from ldm_pipe.restore.operator import Operator, gauss_newton
+from ldm_pipe.restore.operator import Derivative, Operator, gauss_newton
 from ldm_pipe.samplewise import norm
 
 REACH = 0.01  # how far apart the two latents are whose images tell a derivative, where latents have variance 1
@@ -31,12 +32,16 @@ class Latent(Operator):
         """operator(codec.decode(x))."""
         return self.operator(self.codec.decode(x))
 
-    def push(self, x: Tensor, v: Tensor) -> Tensor:
-        """The decoder's derivative by a difference, which takes no second derivative of a network, then the operator's own."""
-        image = self.codec.decode(x)
-        size = norm(v).clamp(min=1e-30)
-        reach = REACH * v[0].numel() ** 0.5 / size
-        return self.operator.push(image, (self.codec.decode(x + reach * v) - image) / reach)
+    def derivative(self, x: Tensor) -> Derivative:
+        """Forward, the decoder's own is a difference, which takes no second derivative of a network."""
+        image, back = torch.func.vjp(self.codec.decode, x)[:2]
+        measured = self.operator.derivative(image)
+
+        def push(v: Tensor) -> Tensor:
+            reach = REACH * v[0].numel() ** 0.5 / norm(v).clamp(min=1e-30)
+            return measured.push((self.codec.decode(x + reach * v) - image) / reach)
+
+        return Derivative(measured.value, push, lambda u: back(measured.pull(u))[0])
 
     def prox(self, z: Tensor, rho: float, y: Tensor) -> Tensor:
         """A Gauss-Newton step from z (`gauss_newton`)."""

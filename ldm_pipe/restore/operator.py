@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ from ldm_pipe.level import Level
 from ldm_pipe.model import Denoiser, Estimate
 from ldm_pipe.noise import StepNoise
 from ldm_pipe.restore.spectrum import Spectrum
+
+
+class Derivative(NamedTuple):
+    """Of an operator at images x [B,C,H,W]: what it measures, [B,...], v -> J v of v [B,C,H,W], and u -> J' u of u [B,...]."""
+
+    value: Tensor
+    push: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor], Tensor]
 
 
 class Operator:
@@ -33,12 +42,17 @@ class Operator:
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(self(leaf), leaf, v)[0]
 
-    def push(self, x: Tensor, v: Tensor) -> Tensor:
-        """J(x) v, of v [B,C,H,W]: the measurement's change, [B,...]."""
+    def derivative(self, x: Tensor) -> Derivative:
+        """A(x) and its derivative at x [B,C,H,W], to be used several times."""
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
             out, pull = torch.func.vjp(self, x)[:2]  # pull(u) = (J'u,) is linear, so its own derivative is J
-            pushed: Tensor = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(out))[1](v)[0]
-        return pushed
+
+        def push(v: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                pushed: Tensor = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(out))[1](v)[0]
+            return pushed
+
+        return Derivative(out, push, lambda u: pull(u)[0])
 
     def prox(self, z: Tensor, rho: float, y: Tensor) -> Tensor:
         """argmin over x of |y - A x|^2 + rho |x - z|^2; at rho = 0 the x nearest to z that fits y best. [B,C,H,W].
@@ -70,9 +84,9 @@ class Linear(Operator):
         a = self.spectrum(tuple(x.shape[1:]), x)
         return a.u(a.s * a.vt(x))
 
-    def push(self, x: Tensor, v: Tensor) -> Tensor:
-        """A v."""
-        return self(v)
+    def derivative(self, x: Tensor) -> Derivative:
+        """A x, v -> A v and u -> A' u."""
+        return Derivative(self(x), self, self.adjoint)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A' y, [B,C,H,W]."""
@@ -179,15 +193,17 @@ def gauss_newton(operator: Operator, z: Tensor, rho: float, y: Tensor, steps: in
     Hestenes and Stiefel 1952, J. Res. NBS 49, section 10), until the gradient has fallen by the rounding or after `steps`.
     Where A bends so much that the whole of d would make |y - A(z + d)|^2 + rho |d|^2 larger, d is halved until it does not.
     """
-    out, pull = torch.func.vjp(operator, z)[:2]
+    out, push, pull = operator.derivative(z)
     r, d = y - out, torch.zeros_like(z)
-    s = p = pull(r)[0]
+    s = p = pull(r)
     gamma = start = square(s)
-    for _ in range(steps):
-        q = operator.push(z, p)
+    for left in reversed(range(steps)):
+        q = push(p)
         a = gamma / (square(q) + rho * square(p)).clamp(min=torch.finfo(z.dtype).tiny)
         d, r = d + _each(a, p), r - _each(a, q)
-        s = pull(r)[0] - rho * d
+        if not left:
+            break
+        s = pull(r) - rho * d
         gamma, last = square(s), gamma
         if bool((gamma <= torch.finfo(z.dtype).eps ** 2 * start).all()):
             break

@@ -303,7 +303,10 @@ def test_pushing_is_the_adjoint_of_pulling(text: str, x: Tensor) -> None:
     """<J v, u> = <v, J' u>."""
     known: Any = parse(text)
     u = known(x.flip(0)) + 0.3
-    left, right = (known.push(x, x.flip(2)) * u).sum(), (x.flip(2) * known.pullback(x, u)).sum()
+    there = known.derivative(x)
+    assert near(there.value, known(x))
+    assert near(there.pull(u), known.pullback(x, u))
+    left, right = (there.push(x.flip(2)) * u).sum(), (x.flip(2) * known.pullback(x, u)).sum()
     assert float((left - right).abs()) < 1e-10 * float(left.abs())
     assert float(left.abs()) > 1e-3
 
@@ -326,10 +329,13 @@ def test_the_derivative_through_a_decoder_is_nearly_its_own(x: Tensor) -> None:
 
     for length in (1e-6, 1.0, 1e6):
         v = length * x.flip(3)
-        found = Latent(parse("pool(2)"), Bent()).push(x, v)  # type: ignore[arg-type]
+        found = Latent(parse("pool(2)"), Bent()).derivative(x).push(v)  # type: ignore[arg-type]
         right = parse("pool(2)")(2 * torch.cos(x) * v)
         assert float((found - right).norm() / right.norm()) < 0.02
-    assert bool((Latent(parse("pool(2)"), Bent()).push(x, 0 * x) == 0).all())  # type: ignore[arg-type]
+    there = Latent(parse("pool(2)"), Bent()).derivative(x)  # type: ignore[arg-type]
+    assert bool((there.push(0 * x) == 0).all())
+    right = Latent(parse("pool(2)"), Bent()).pullback(x, u := there.value.flip(2))  # type: ignore[arg-type]
+    assert near(there.pull(u), right)
 
 
 def test_a_step_that_would_miss_by_more_is_halved() -> None:

@@ -123,7 +123,7 @@ def test_the_prior_is_drawn_once_by_the_model_itself(make: Any, tiny: Any, tmp_p
     task = make(Dreambooth)
     task.net()
     folder = next((tmp_path / "cache").glob("prior-*"))
-    files = sorted(folder.iterdir())
+    files = sorted(folder.glob("*.png"))
     assert len(files) == 3
     mine = Pipeline(load(tiny("eps")))("a fox", seed=2).images[0]
     assert np.abs(np.asarray(mine, int) - np.asarray(Image.open(files[2]), int)).max() <= 1
@@ -133,6 +133,23 @@ def test_the_prior_is_drawn_once_by_the_model_itself(make: Any, tiny: Any, tmp_p
     assert len(list((tmp_path / "cache").glob("prior-*"))) == 1
     make(Dreambooth, prior_images=2).net()
     assert len(list((tmp_path / "cache").glob("prior-*"))) == 2
+
+
+def test_a_prior_of_several_prompts_is_drawn_and_trained_with_each(make: Any, tiny: Any, tmp_path: Path) -> None:
+    prompts = ("a fox", "an owl, two cats")
+    task = make(Dreambooth, prior=prompts, data={"dropout": 1.0}).grouped(3)
+    task.net()
+    folder = next((tmp_path / "cache").glob("prior-*"))
+    assert [(folder / f"{k:04}.txt").read_text() for k in range(3)] == [prompts[0], prompts[1], prompts[0]]
+    mine = Pipeline(load(tiny("eps")))(prompts[1], seed=1).images[0]
+    assert np.abs(np.asarray(mine, int) - np.asarray(Image.open(folder / "0001.png"), int)).max() <= 1
+    batch = task._prior.batch(0, range(3))
+    told = [prompts[int(Path(n).stem) % 2] for n in batch["names"]]
+    assert set(told) == set(prompts)
+    assert torch.equal(batch["text_tokens"], task._prior.precomputed.text(told)["tokens"])
+    for prior, words in ((("a fox", " "), "holds an empty prompt"), (("a", "b", "c", "d"), "1 or more for every prompt")):
+        with pytest.raises(UsageError, match=words):
+            make(Dreambooth, prior=prior)
 
 
 @pytest.mark.parametrize("full", [False, True])

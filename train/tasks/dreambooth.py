@@ -26,13 +26,13 @@ from train.tasks.lora import Lora
 class Dreambooth(Lora):
     """Trains on a subject; the fields are those of the task lora.
 
-    instance: the caption of pictures that have none of their own. prior: the prompt of the class ("": no second term),
-    prior_images, prior_weight: how many pictures of it are drawn, once, and how much they count. full: every weight of the
-    network learns instead of branches, and the export is a whole model.
+    instance: the caption of pictures that have none of their own. prior: the prompt of the class, or several prompts of what
+    is to stay as it is ("": no second term). prior_images, prior_weight: how many pictures of them are drawn, once, and how
+    much they count. full: every weight of the network learns instead of branches, and the export is a whole model.
     """
 
     instance: str = "a photo of a sks dog"
-    prior: str = "a photo of a dog"
+    prior: str | tuple[str, ...] = "a photo of a dog"
     prior_images: int = 200
     prior_weight: float = 1.0
     full: bool = False
@@ -41,10 +41,18 @@ class Dreambooth(Lora):
         super().__post_init__()
         if self.prior and self.settings.buckets:
             raise UsageError("dreambooth with a prior takes squares: set data.buckets to false, or prior to an empty text")
-        if self.prior_images < 1 or self.prior_weight < 0:
-            raise UsageError("prior_images takes 1 or more, prior_weight 0 or more")
+        if any(not p.strip() for p in self._prompts):
+            raise UsageError("prior holds an empty prompt; it takes a text or a list of texts")
+        if self.prior_images < max(1, len(self._prompts)) or self.prior_weight < 0:
+            raise UsageError("prior_images takes 1 or more for every prompt of the prior, prior_weight 0 or more")
         if self.prior and not self.settings.cache:
             raise UsageError("data.cache is empty; the pictures of the prior are kept there")
+
+    @property
+    def _prompts(self) -> tuple[str, ...]:
+        if isinstance(self.prior, str):
+            return (self.prior,) if self.prior else ()
+        return tuple(self.prior)
 
     @cached_property
     def settings(self) -> Data:
@@ -55,14 +63,14 @@ class Dreambooth(Lora):
     def _prior(self) -> Prior:
         """The class's pictures, drawn where they are missing, as a task on the same loaded model."""
         weights, cache = digest(self.source, ""), Path(self.settings.cache)
-        folder = drawn(self.bundle, weights, self.prior, self.prior_images, cache)
+        folder = drawn(self.bundle, weights, self._prompts, self.prior_images, cache)
         data = {**self.data, "path": str(folder), "allow_missing": True}
-        task = Prior(data, self.model, self.objective, train_text=self.train_text, group=self.group, prompt=self.prior)
+        task = Prior(data, self.model, self.objective, train_text=self.train_text, group=self.group)
         vars(task)["bundle"] = self.bundle
         return task
 
     def _captions(self) -> list[str]:
-        return list(dict.fromkeys([*super()._captions(), self.instance, self.prior]))
+        return list(dict.fromkeys([*super()._captions(), self.instance, *self._prompts]))
 
     def said(self, seed: int, seen: Seen) -> str:
         """The picture's own caption, or the instance's."""
