@@ -106,7 +106,7 @@ def _of_the_pictures(add: Add) -> None:
         "--edit",
         metavar="TEXT",
         help='"a fox on blue -> a cat on blue": both pictures, the second keeping what it can of the '
-        "first, which is drawn, or --input inverted (--set edit.cross=0.8, edit.inversion=null_text; --list inversions)",
+        "first, which is drawn, or --input inverted (--set edit.cross=0.8, edit.inversion=dpm_encoder; --list inversions)",
     )
     add("--restore", metavar="OPERATOR", help='what degraded --input, such as "pool(4)" or "mask(half)" (--list operators)')
     add("--input", metavar="FILE", help="with --restore: the degraded picture; with --edit: the picture to edit")

@@ -31,7 +31,7 @@ from train.world.edits import KINDS, changed, kept
 from train.world.grader import holds, read
 from train.world.scenes import SIZE, Scene, captions
 
-SHOWN = 4  # pictures of each kind on the sheet
+PICTURES, SHOWN = 100, 4  # in every cell, and of each kind on the sheet
 SOURCES = ("generated", "real")
 Row = Callable[[Pipeline, "Case"], Image.Image]
 
@@ -113,7 +113,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def entry(v: dict[str, float] | None) -> str:
     """Two columns of a row."""
-    return f"{v['right']:.0f} ({v['low']:.0f} to {v['high']:.0f}) | {v['moved']:.1f}" if v else "- | -"
+    if not v:
+        return "- | -"
+    of = "" if v["prompts"] == PICTURES else f", of {v['prompts']}"
+    return f"{v['right']:.0f} ({v['low']:.0f} to {v['high']:.0f}{of}) | {v['moved']:.1f}"
 
 
 def cell(pipe: Pipeline, source: str, kind: str, count: int, chosen: list[str], folder: Path) -> None:
@@ -142,7 +145,7 @@ def sheet(pipe: Pipeline, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=100, help="in every cell")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="in every cell")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="a row, such as null_text")
     parser.add_argument("--skip", action="append", default=[], metavar="ROW")
     parser.add_argument("--source", action="append", default=[], choices=SOURCES)
