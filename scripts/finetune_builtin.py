@@ -78,14 +78,15 @@ def restored(operator: str, methods: tuple[str, ...], masked: bool) -> Any:
 
 
 def both(export: Path, plain: Pipeline) -> Rows:
-    """The second subject's export and the first's, as one by eq. 4 of Custom Diffusion."""
+    """The second subject's export and the first's as one."""
     from train.concepts import concepts
 
     first, merged = ROOT / "runs" / "builtin_custom_diffusion" / "run" / "export", export.parent / "both.safetensors"
     told = export.parent / "captions.txt"
     told.write_text("\n".join(lessons.scene_at(6060, k)[1] for k in range(300)) + "\n")
     merged.unlink(missing_ok=True)
-    concepts("builtin", [f"{first}=a {NEW}", f"{export}=a {TOY}"], str(told), merged, 1e-3)
+    given = [f"{folder}=a {word} on a {c} background" for folder, word in ((first, NEW), (export, TOY)) for c in lessons.SEEN]
+    concepts("builtin", given, str(told), merged, ridge=1e-3)
     words = [str(f / "learned_embeds.safetensors") for f in (first, export)]
     return {
         "before": partial(marks.of_pair, adapted(plain, [], words)),

@@ -17,6 +17,7 @@ from train.world.sprites import objects, sprite
 
 WORDS = ("<new>", "<toy>")  # of the first and the second subject
 NAMES = objects("heldout")[:2]  # what they are
+SEEN = ("red", "blue", "white", "green")  # the colours that their renders are on
 KNOWN = "owl"  # an object of the training scenes, to be found again under a new word
 RARE = "zkr"  # what DreamBooth calls the first: no word of the captions, so the tokenizer spells it
 STANDS_OUT = 40  # of a colour to the ground's, in 256 levels
@@ -51,7 +52,7 @@ def subject(name: str, word: str) -> Callable[[Path], None]:
     """Four renders of an object, each on another colour."""
 
     def four(folder: Path) -> None:
-        for k, colour in enumerate(("red", "blue", "white", "green")):
+        for k, colour in enumerate(SEEN):
             _save(folder / str(k), render(alone(name, colour)), f"a {word} on a {colour} background")
 
     return four

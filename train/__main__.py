@@ -57,6 +57,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "concepts":
         parser.add_argument("--concept", action="append", default=[], metavar="FOLDER=CAPTION", help="an export; two or more")
         parser.add_argument("--captions", required=True, metavar="FILE.txt", help="on which the least changes, one a line")
+        parser.add_argument("--weight", type=float, default=3.0, help="of the concepts, the captions' is 1; inf: exactly (3)")
         parser.add_argument("--ridge", type=float, default=0.0, help="above 0 where captions are few")
     elif command == "merge":
         parser.add_argument("--lora", action="append", default=[], metavar="FILE[:scale]", help="an adapter; any number")
@@ -111,7 +112,7 @@ def _merge(args: argparse.Namespace) -> int:
 def _concepts(args: argparse.Namespace) -> int:
     from train.concepts import concepts
 
-    for words in concepts(args.model, args.concept, args.captions, Path(args.output), args.ridge):
+    for words in concepts(args.model, args.concept, args.captions, Path(args.output), args.weight, args.ridge):
         print(f"use it with {words}")
     return 0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_pipe import Pipeline, adapted, lora
+from ldm_pipe.cond import Cond
 from train.__main__ import main
-from train.concepts import of_captions, of_word
+from train.concepts import concepts, of_captions, of_word
 from train.loop import run
-from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion
+from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion, weighed
 from train.tasks.textual_inversion import DIFFUSERS
 
 CAPTIONS = ["a fox on red", "an owl on blue", "a cat", "two dogs on green", "an owl", "a red fox", "a dog", "the cat on blue"]
@@ -36,7 +39,7 @@ def test_each_word_meets_its_own_weights(exports: list[Path], tiny: Any, tmp_pat
     file, given = tmp_path / "both.safetensors", [f"{exports[0]}=a <toy> fox", f"{exports[1]}=a <pet> owl"]
     words = [w for text in given for w in ("--concept", text)]
     more = ["--model", str(tiny("eps")), "--captions", str(tmp_path / "captions.txt"), "-o", str(file)]
-    more += ["--ridge", "1e-3"]  # features of an untrained text encoder add up to 0: one width is missing
+    more += ["--weight", "inf", "--ridge", "1e-3"]  # features of an untrained text encoder add up to 0: one width is missing
     assert main(["concepts", *words, *more]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert f"--lora {file}" in said
@@ -47,11 +50,11 @@ def test_each_word_meets_its_own_weights(exports: list[Path], tiny: Any, tmp_pat
     before, after = (lora.parts(b)["network"] for b in (plain.bundle, both))
     layers = [n for n, _ in before.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
     assert len(load_file(file)) == len(layers) > 3
-    regular = of_captions(both, CAPTIONS).double()
+    regular = of_captions(both, CAPTIONS, exact=True).double()
     assert len(regular) == sum(len(c.split()) + 2 for c in CAPTIONS)
     for export, word, caption in zip(exports, ("<toy>", "<pet>"), ("a <toy> fox", "a <pet> owl"), strict=True):
         own = lora.parts(adapted(plain, [str(export / DIFFERENCES)]).bundle)["network"]
-        tokens = of_word(both, word, caption)
+        tokens = of_word(both, word, caption, exact=True)
         assert len(tokens) == 2  # the word and its class
         assert torch.allclose(tokens, both.text([caption]).tokens[0, 2:4])
         for layer in layers:
@@ -63,17 +66,49 @@ def test_each_word_meets_its_own_weights(exports: list[Path], tiny: Any, tmp_pat
             assert kept < 4 * lost  # what the captions say changes about as little as in one training
 
 
+def test_weighed_all_that_the_network_reads_counts_in_every_caption(exports: list[Path], tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    told = {exports[0]: ["a <toy> fox", "the <toy> fox on blue"], exports[1]: ["a <pet> owl"]}
+    file, given = tmp_path / "both.safetensors", [f"{e}={c}" for e, said in told.items() for c in said]
+    used = concepts(str(tiny("eps")), given, str(tmp_path / "captions.txt"), file, 5.0, 1e-3)
+    assert [u.count(DIFFUSERS) for u in used] == [2]
+    plain = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
+    both = adapted(plain, [], [str(e / DIFFUSERS) for e in exports]).bundle
+    window, regular = both.text.window, of_captions(both, CAPTIONS)
+    assert len(regular) == window * len(CAPTIONS)  # the filling too
+    layer = next(n for n, _ in lora.parts(both)["network"].named_modules() if n.endswith("attn2.to_k"))
+    before, targets = lora.parts(plain.bundle)["network"].get_submodule(layer).weight, []
+    for (export, said), word in zip(told.items(), ("<toy>", "<pet>"), strict=True):
+        tokens = torch.cat([of_word(both, word, c) for c in said])
+        assert torch.equal(tokens, torch.cat([both.text([c]).tokens[0, 2:] for c in said]))
+        own = lora.parts(adapted(plain, [str(export / DIFFERENCES)]).bundle)["network"].get_submodule(layer).weight
+        targets.append((tokens, own))
+    new = weighed(before, targets, regular, 5.0, 1e-3) - before.double()
+    found = load_file(file)[f"lora_unet_{layer.replace('.', '_')}.diff"]
+    assert float(new.abs().max()) > 1e-3
+    assert torch.allclose(found.double(), new, atol=1e-5)
+
+
+def test_a_masked_text_is_read_to_its_end() -> None:
+    text = SimpleNamespace(window=5, tokenizer=SimpleNamespace(length=lambda c: 4))
+    cond = Cond(torch.arange(10.0).reshape(1, 5, 2), mask=torch.tensor([[True, True, True, True, False]]))
+    bundle = SimpleNamespace(text=type("Text", (), {**vars(text), "__call__": lambda self, prompts: cond})())
+    assert torch.equal(of_captions(bundle, ["a b"]), cond.tokens[0, :4])  # type: ignore[index]
+
+
 def test_what_is_missing_is_one_line(exports: list[Path], tiny: Any, tmp_path: Path, capsys: Any) -> None:
     captions, empty = tmp_path / "captions.txt", tmp_path / "empty.txt"
     captions.write_text("a fox\n")
     empty.write_text("\n")
+    copied = shutil.copytree(exports[0], tmp_path / "again")
     good = [f"{exports[0]}=a <toy> fox", f"{exports[1]}=a <pet> owl"]
     for given, file, said in (
-        (good[:1], captions, "takes two --concept"),
-        ([*good[:1], str(exports[1])], captions, "takes two --concept"),
+        (good[:1], captions, "of two folders or more"),
+        ([*good[:1], *good[:1]], captions, "of two folders or more"),
+        ([*good[:1], str(exports[1])], captions, "of two folders or more"),
         ([*good[:1], f"{tmp_path}=a <pet>"], captions, f"has no {DIFFERENCES}"),
         ([*good[:1], f"{exports[1]}=an owl"], captions, "does not hold the word '<pet>'"),
-        ([*good[:1], f"{exports[0]}=a <toy>"], captions, "'<toy>' is a token of the model already"),
+        ([*good[:1], f"{copied}=a <toy>"], captions, "'<toy>' is a token of the model already"),
         (good, captions, "give more captions, or a ridge above 0"),
         (good, empty, "holds no caption"),
         (good, tmp_path / "none.txt", "cannot be read"),

@@ -17,7 +17,7 @@ from ldm_pipe import Pipeline, UsageError, adapted, load
 from train.__main__ import main
 from train.adapter_files import DIFFUSERS as PEFT
 from train.loop import run
-from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion, merged
+from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion, merged, weighed
 from train.tasks.dreambooth import Dreambooth
 from train.tasks.textual_inversion import A1111, DIFFUSERS, TextualInversion
 
@@ -210,6 +210,22 @@ def test_the_merge_is_the_solution_of_the_constrained_problem() -> None:
     with pytest.raises(UsageError, match="give more captions, or a ridge"):
         merged(w0, concepts, regular[:5])
     assert torch.allclose(c @ merged(w0, concepts, regular[:5], 0.1).T, v, atol=1e-10)
+
+
+def test_the_weighed_merge_is_the_least_squares_of_both() -> None:
+    """Against all rows stacked, solved whole; with much weight on few tokens it is the constrained one."""
+    g = torch.Generator().manual_seed(0)
+    w0, regular = torch.randn(5, 8, generator=g).double(), torch.randn(40, 8, generator=g).double()
+    concepts = [(torch.randn(n, 8, generator=g).double(), w0 + torch.randn(5, 8, generator=g).double()) for n in (9, 2)]
+    c, v = torch.cat([t for t, _ in concepts]), torch.cat([t @ w.T for t, w in concepts])
+    rows = torch.cat([regular / 40**0.5, (3 / 11) ** 0.5 * c, 0.1**0.5 * torch.eye(8).double()])
+    wanted = torch.cat([regular @ w0.T / 40**0.5, (3 / 11) ** 0.5 * v, 0.1**0.5 * w0.T])
+    solved = torch.linalg.lstsq(rows, wanted).solution.T
+    assert torch.allclose(weighed(w0, concepts, regular, 3.0, 0.1), solved, atol=1e-12)
+    few = [(t[:2], w) for t, w in concepts]
+    assert torch.allclose(weighed(w0, few, regular, 1e9), merged(w0, few, regular), atol=1e-6)
+    with pytest.raises(UsageError, match="give more captions, or a ridge"):
+        weighed(w0, few, regular[:3], 3.0)
 
 
 # --- recipes
