@@ -35,8 +35,8 @@ are those of `ldm_pipe/restore/defaults.py`, guidance 1, the prompt is the scene
 def picture(table: Table, folder: Path) -> str:
     """A column for the truth, the degraded picture, every baseline and every method; four pictures. Returns the file's name."""
     plots = pyplot()
-    figure, ax = plots.subplots(figsize=(14, 4.6), layout="constrained")
     columns = [[np.asarray(i.resize((64, 64), Image.Resampling.NEAREST)) for i in c[:SHOWN]] for c in table.shown.values()]
+    figure, ax = plots.subplots(figsize=(14, 14 * SHOWN / len(columns) + 1.4), layout="constrained")
     ax.imshow(np.hstack([np.vstack(column) for column in columns]))
     ax.set_xticks([64 * i + 32 for i in range(len(columns))], list(table.shown), rotation=60, ha="right", fontsize=7)
     ax.set_yticks([])

@@ -114,14 +114,14 @@ def seconds(denoise: Any, x: Tensor, level: Level) -> float:
 
 def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
     """Right images against the time of one."""
-    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 4), layout="constrained")
     for name, row in rows.items():
         mark = "x" if name.endswith("steps") else "s" if name.startswith("--") else "o"
         error = [[row["right"] - row["low"]], [row["high"] - row["right"]]]
         axes.errorbar(1000 * row["seconds"], row["right"], yerr=error, marker=mark, capsize=3, label=name, linestyle="")
     axes.set(xlabel="milliseconds an image", ylabel="right, %", xlim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
