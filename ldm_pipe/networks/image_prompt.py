@@ -62,8 +62,8 @@ class Face(nn.Module):
         return self.norm(self.proj(embeds).unflatten(1, (-1, self.norm.normalized_shape[0])))
 
 
-class _Reader(nn.Module):
-    """Queries [N,M,C] attend to states [N,L,C] and to themselves."""
+class Reader(nn.Module):
+    """Queries [N,M,C], where a time tells so scaled and shifted by [N,C] each, attend to states [N,L,C] and to themselves."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -71,14 +71,20 @@ class _Reader(nn.Module):
         self.to_q, self.to_kv = Linear(width, inner, bias=False), Linear(width, 2 * inner, bias=False)
         self.to_out = Linear(inner, width, bias=False)
 
-    def forward(self, states: Tensor, queries: Tensor) -> Tensor:
-        states, queries = self.norm1(states), self.norm2(queries)
+    def forward(self, states: Tensor, queries: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """What the queries read, [N,M,C]."""
+        states, queries = self.norm1(states), moved(self.norm2(queries), shift, scale)
         k, v = self.to_kv(torch.cat([states, queries], dim=1)).chunk(2, dim=-1)
         q = self.to_q(queries)
         return self.to_out(attend(q, k, v, q.shape[-1] // HEAD))
 
 
-def _small(width: int, inner: int) -> nn.Sequential:
+def moved(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x [N,M,C] scaled and shifted by [N,C] each; as it is where there are none."""
+    return x if shift is None or scale is None else x * (1 + scale[:, None]) + shift[:, None]
+
+
+def small(width: int, inner: int) -> nn.Sequential:
     """What each query passes alone."""
     return nn.Sequential(nn.LayerNorm(width), Linear(width, inner, bias=False), nn.GELU(), Linear(inner, width, bias=False))
 
@@ -91,15 +97,15 @@ class Plus(nn.Module):
         hidden = latents[-1]
         self.latents = nn.Parameter(torch.empty(latents))
         self.proj_in, self.proj_out, self.norm_out = Linear(embed, hidden), Linear(hidden, width), nn.LayerNorm(width)
-        self.layers = nn.ModuleList(nn.ModuleList([_Reader(hidden, inner), _small(hidden, wide)]) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.ModuleList([Reader(hidden, inner), small(hidden, wide)]) for _ in range(depth))
 
     def forward(self, states: Tensor) -> Tensor:
         """The tokens."""
         queries, states = self.latents.expand(len(states), -1, -1), self.proj_in(states)
         layers: Any = self.layers
-        for read, small in layers:
+        for read, alone in layers:
             queries = queries + read(states, queries)
-            queries = queries + small(queries)
+            queries = queries + alone(queries)
         return self.norm_out(self.proj_out(queries))
 
 

@@ -20,28 +20,11 @@ from torch import Tensor, nn
 
 from ldm_pipe import weights
 from ldm_pipe.attention import split
-from ldm_pipe.blocks import Linear, attend
+from ldm_pipe.blocks import Linear
 from ldm_pipe.errors import ModelError
+from ldm_pipe.networks.image_prompt import HEAD, LAYERS, PROJECTION, Reader, moved, small
 
-PROJECTION, LAYERS = "image_proj.", "ip_adapter."
-HEAD = 64  # channels of a head of the resampler
 EPS = 1e-6
-
-
-class _Reader(nn.Module):
-    """Queries [N,M,C], scaled and shifted by [N,C] each, attend to states [N,L,C] and to themselves."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q, self.to_kv = Linear(width, inner, bias=False), Linear(width, 2 * inner, bias=False)
-        self.to_out = Linear(inner, width, bias=False)
-
-    def forward(self, states: Tensor, queries: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        states, queries = self.norm1(states), _moved(self.norm2(queries), shift, scale)
-        k, v = self.to_kv(torch.cat([states, queries], dim=1)).chunk(2, dim=-1)
-        q = self.to_q(queries)
-        return self.to_out(attend(q, k, v, q.shape[-1] // HEAD))
 
 
 class Resampler(nn.Module):
@@ -54,15 +37,9 @@ class Resampler(nn.Module):
         self.proj_in, self.proj_out, self.norm_out = Linear(embed, hidden), Linear(hidden, width), nn.LayerNorm(width)
         self.time_embedding = nn.ModuleDict({"linear_1": Linear(clock, hidden), "linear_2": Linear(hidden, hidden)})
         self.layers = nn.ModuleList(
-            nn.ModuleList([
-                _Reader(hidden, inner),
-                nn.Sequential(
-                    nn.LayerNorm(hidden), Linear(hidden, wide, bias=False), nn.GELU(), Linear(wide, hidden, bias=False)
-                ),
-                nn.Sequential(nn.SiLU(), Linear(hidden, 4 * hidden)),
-            ])
+            nn.ModuleList([Reader(hidden, inner), small(hidden, wide), nn.Sequential(nn.SiLU(), Linear(hidden, 4 * hidden))])
             for _ in range(depth)
-        )  # fmt: skip
+        )
 
     def forward(self, states: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens, and the time that the attentions are told."""
@@ -72,10 +49,10 @@ class Resampler(nn.Module):
         told = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](waves)))
         queries, states = self.latents.expand(len(states), -1, -1), self.proj_in(states) + told[:, None]
         layers: Any = self.layers
-        for read, small, timed in layers:
+        for read, alone, timed in layers:
             shift, scale, shift_2, scale_2 = timed(told).chunk(4, dim=1)
             queries = queries + read(states, queries, shift, scale)
-            queries = queries + small[1:](_moved(small[0](queries), shift_2, scale_2))
+            queries = queries + alone[1:](moved(alone[0](queries), shift_2, scale_2))
         return self.norm_out(self.proj_out(queries)), told
 
 
@@ -91,15 +68,11 @@ class Beside(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor], tokens: Tensor, told: Tensor) -> Tensor:
         """inputs: the image's q, k, v [B,heads,L,C/heads], not normed; tokens [B,M,D]; told [1,T] -> [B,L,C]."""
         shift, scale = self.norm_ip["linear"](F.silu(told)).chunk(2, dim=1)
-        seen = _moved(F.layer_norm(tokens, tokens.shape[-1:], eps=EPS), shift, scale)
+        seen = moved(F.layer_norm(tokens, tokens.shape[-1:], eps=EPS), shift, scale)
         q, k, v = inputs
         also = self.norm_ip_k(split(self.to_k_ip(seen), q.shape[1])), split(self.to_v_ip(seen), q.shape[1])
         k, v = torch.cat([self.norm_k(k), also[0]], dim=2), torch.cat([v, also[1]], dim=2)
         return F.scaled_dot_product_attention(self.norm_q(q), k, v).transpose(1, 2).flatten(2)
-
-
-def _moved(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 @dataclass(frozen=True, eq=False)
