@@ -13,7 +13,6 @@ pictures are those that the grader reads right; real ones are renders of the tra
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import graded, share, write
+from measuring import columns, graded, pyplot, share, write
+from measuring import kept as kept_results
 from PIL import Image
 
-from ldm_pipe import Pipeline, files, image, recipe, registry
+from ldm_pipe import Pipeline, image, registry
 from ldm_pipe.doors.edit import INVERSION, Edit
 from train.world import draw_scene, render
 from train.world.edits import KINDS, changed, kept
 from train.world.grader import holds, read
-from train.world.scenes import SIZE, Scene, captions
+from train.world.scenes import Scene, captions
 
 PICTURES, SHOWN = 100, 4  # in every cell, and of each kind on the sheet
 SOURCES = ("generated", "real")
@@ -107,8 +107,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         text += f"\n| {source} pictures | object: right | outside moved | background: right | object moved |\n{'|---' * 5}|\n"
         for name in dict.fromkeys(name for cell in cells for name in cell):
             text += f"| {name.replace('_', ' ')} | " + " | ".join(entry(cell.get(name)) for cell in cells) + " |\n"
-    notes = "Right: percent, with its 95% interval. Moved: levels of 255. `editing.png`: pictures and their edits, row by row."
-    return f"{text}\n{notes} Made by `scripts/editing.py`.\n"
+    notes = f"Right: percent of {PICTURES}, with its 95% interval. Moved: levels of 255. Made by `python scripts/editing.py`."
+    return f"{text}\n{notes}\n\n![pictures, and their edits in every row's way](editing.png)\n"
 
 
 def entry(v: dict[str, float] | None) -> str:
@@ -125,22 +125,26 @@ def cell(pipe: Pipeline, source: str, kind: str, count: int, chosen: list[str], 
     for name, row in rows(source).items():
         if name in chosen:
             started, images = time.time(), [row(pipe, c) for c in given]
-            path = folder / "editing.json"
-            found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            found = kept_results(folder, "editing")
             found.setdefault(f"{source} {kind}", {})[name] = result = measured(images, given)
             write(folder, "editing", found, table(found))
             print(f"{source} {kind}, {name}: {entry(result)} ({time.time() - started:.1f} s)", flush=True)
 
 
 def sheet(pipe: Pipeline, folder: Path) -> None:
-    """A few pictures of every kind, each with all its edits."""
-    strips = []
-    for source, kind in ((s, k) for s in SOURCES for k in KINDS):
+    """A few pictures of every kind, each with all the edits that the table has."""
+    plots, found = pyplot(), kept_results(folder, "editing")
+    figure, axes = plots.subplots(len(SOURCES) * len(KINDS), figsize=(11, 22), layout="constrained")
+    for ax, (source, kind) in zip(axes, ((s, k) for s in SOURCES for k in KINDS), strict=True):
         given = cases(pipe, source, kind, SHOWN)
-        strips += [[c.picture, *(row(pipe, c) for name, row in rows(source).items() if name != "no edit")] for c in given]
-    wide, blank = max(len(s) for s in strips), Image.new("RGB", (SIZE, SIZE), "white")
-    whole = image.grid([i for s in strips for i in (*s, *[blank] * (wide - len(s)))], wide)
-    files.write(folder / "editing.png", recipe.encode(whole, None), replace=True)
+        shown = {"picture": [c.picture for c in given]}
+        for name, row in rows(source).items():
+            if name != "no edit" and name in found.get(f"{source} {kind}", {}):
+                shown[name.replace("_", " ")] = [row(pipe, c) for c in given]
+        columns(ax, shown)
+        ax.set_ylabel(f"{source}, {kind} edited")
+        print(f"{source} {kind}: " + "; ".join(c.prompts[1] for c in given), flush=True)
+    figure.savefig(folder / "editing.png", dpi=100)
 
 
 def main() -> None:

@@ -59,3 +59,13 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def columns(ax: Any, shown: dict[str, list[Any]], side: int = 64) -> None:
+    """Pictures on an axis, one under the other in columns, each with its name below."""
+    from PIL import Image
+
+    tiles = [[np.asarray(i.resize((side, side), Image.Resampling.NEAREST)) for i in column] for column in shown.values()]
+    ax.imshow(np.hstack([np.vstack(column) for column in tiles]))
+    ax.set_xticks([side * i + side // 2 for i in range(len(tiles))], list(shown), rotation=60, ha="right", fontsize=7)
+    ax.set_yticks([])

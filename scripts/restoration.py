@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import kept, pyplot, write
-from PIL import Image
+from measuring import columns, kept, pyplot, write
 from restoration_rows import PROBLEMS, Table, attempts, markdown
 
 from ldm_pipe import Pipeline, registry
@@ -34,12 +33,9 @@ are those of `ldm_pipe/restore/defaults.py`, guidance 1, the prompt is the scene
 
 def picture(table: Table, folder: Path) -> str:
     """A column for the truth, the degraded picture, every baseline and every method; four pictures. Returns the file's name."""
-    plots = pyplot()
-    columns = [[np.asarray(i.resize((64, 64), Image.Resampling.NEAREST)) for i in c[:SHOWN]] for c in table.shown.values()]
-    figure, ax = plots.subplots(figsize=(14, 14 * SHOWN / len(columns) + 1.4), layout="constrained")
-    ax.imshow(np.hstack([np.vstack(column) for column in columns]))
-    ax.set_xticks([64 * i + 32 for i in range(len(columns))], list(table.shown), rotation=60, ha="right", fontsize=7)
-    ax.set_yticks([])
+    plots, shown = pyplot(), {name: column[:SHOWN] for name, column in table.shown.items()}
+    figure, ax = plots.subplots(figsize=(14, 14 * SHOWN / len(shown) + 1.4), layout="constrained")
+    columns(ax, shown)
     name = f"restoration_{table.problem.split('(')[0]}.png"
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / name, dpi=100)
