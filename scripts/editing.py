@@ -105,7 +105,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for source in SOURCES:
         cells = [found.get(f"{source} {kind}", {}) for kind in KINDS]
         text += f"\n| {source} pictures | object: right | outside moved | background: right | object moved |\n{'|---' * 5}|\n"
-        for name in dict.fromkeys(name for cell in cells for name in cell):
+        for name in (name for name in rows(source) if any(name in cell for cell in cells)):
             text += f"| {name.replace('_', ' ')} | " + " | ".join(entry(cell.get(name)) for cell in cells) + " |\n"
     notes = f"Right: percent of {PICTURES}, with its 95% interval. Moved: levels of 255. Made by `python scripts/editing.py`."
     return f"{text}\n{notes}\n\n![pictures, and their edits in every row's way](editing.png)\n"
