@@ -50,14 +50,25 @@ SAYS = {
 }
 
 
+EXPORT = "an export and a caption with its word; two folders or more, each named again for more captions"
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"train {command}".strip(), description=SAYS[command])
     if command in MERGES:
         parser.add_argument("--model", default="builtin", metavar="FOLDER", help='"builtin" or a folder')
     if command == "concepts":
-        parser.add_argument("--concept", action="append", default=[], metavar="FOLDER=CAPTION", help="an export; two or more")
+        parser.add_argument(
+            "--concept",
+            action="append",
+            default=[],
+            metavar="FOLDER=CAPTION",
+            help="an export and a caption with its word; two folders or more, each again for more captions",
+        )
         parser.add_argument("--captions", required=True, metavar="FILE.txt", help="on which the least changes, one a line")
-        parser.add_argument("--weight", type=float, default=3.0, help="of the concepts, the captions' is 1; inf: exactly (3)")
+        parser.add_argument(
+            "--weight", type=float, default=3.0, help="how much the concepts count beside the captions; inf: exactly (3)"
+        )
         parser.add_argument("--ridge", type=float, default=0.0, help="above 0 where captions are few")
     elif command == "merge":
         parser.add_argument("--lora", action="append", default=[], metavar="FILE[:scale]", help="an adapter; any number")

@@ -2,7 +2,7 @@
 
 Multi-Concept Customization of Text-to-Image Diffusion, Kumari et al. 2022, arXiv 2212.04488, eq. 4: for the words of each
 concept the keys and values are those of its own training; elsewhere they change as little as can be on given captions. Here
-by default that is weighed, not forced: what a network attends to after the caption's end tells of the word too, and so many
+by default that is weighed, not forced: what a network attends to behind the caption's end tells of the word too, and so many
 tokens cannot all be met.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_pipe import embedding, files, loading, lora
 from ldm_pipe.errors import UsageError
 from ldm_pipe.lora_names import NETWORK
-from train.tasks.custom_diffusion import DIFFERENCES, merged, weighed
+from train.tasks.custom_diffusion import DIFFERENCES
 from train.tasks.textual_inversion import DIFFUSERS
 
 
@@ -31,9 +31,9 @@ def concepts(
     again has more captions.
 
     captions: a file of captions, one a line, on which the least changes. weight: of the concepts' tokens, from the word on to
-    the last that the network reads, where those of the captions count 1 (`weighed`); inf: eq. 4 exactly, on the tokens from
-    the word to its caption's end (`merged`). ridge: is added to the Gram matrix; above 0 where captions are few. Returns how
-    the result is used. Raises UsageError on what is missing or does not fit.
+    the last that the network reads, where those of the captions count 1; inf: eq. 4 exactly, on the tokens from the word to its
+    caption's end. ridge: above 0 where captions are few (`spread`). Returns how the result is used. Raises UsageError on
+    what is missing or does not fit.
     """
     if not weight > 0 or ridge < 0:
         raise UsageError("--weight takes more than 0, or inf; --ridge takes 0 or more")
@@ -41,21 +41,54 @@ def concepts(
     bundle = plain = loading.load(loading.BUILTIN if model == "builtin" else model)
     for folder in told:
         bundle, _ = embedding.learn(bundle, folder / DIFFUSERS)
-    network, exact = lora.parts(plain)[NETWORK], math.isinf(weight)
-    targets = dict[str, list[tuple[Tensor, Tensor]]]()
+    network, exact, owns = lora.parts(plain)[NETWORK], math.isinf(weight), dict[str, list[Tensor]]()
+    words, regular = list[Tensor](), of_captions(bundle, _lines(captions), exact)
     for folder, said in told.items():
-        tokens = torch.cat([of_word(bundle, _word(folder), caption, exact) for caption in said])
+        words.append(torch.cat([of_word(bundle, _word(folder), caption, exact) for caption in said]))
         for (_, layer), leaves in lora.opened({NETWORK: network}, folder / DIFFERENCES)[0].items():
-            own = cast(Tensor, network.get_submodule(layer).weight).detach() + leaves["whole"]
-            targets.setdefault(layer, []).append((tokens, own))
-    regular, tensors = of_captions(bundle, _lines(captions), exact), dict[str, Tensor]()
-    for layer, several in targets.items():
-        plainly = cast(Tensor, network.get_submodule(layer).weight).detach()
-        new = merged(plainly, several, regular, ridge) if exact else weighed(plainly, several, regular, weight, ridge)
-        tensors[f"lora_unet_{layer.replace('.', '_')}.diff"] = (new - plainly.double()).float().contiguous()
+            owns.setdefault(layer, []).append(leaves["whole"])
+    over, tensors = spread(words, regular, weight, ridge), dict[str, Tensor]()
+    for layer, moves in owns.items():
+        tensors[f"lora_unet_{layer.replace('.', '_')}.diff"] = merged(words, moves, over).float().contiguous()
     files.write(output, save(tensors, metadata={"format": "pt"}))
-    words = " ".join(f"--embedding {folder / DIFFUSERS}" for folder in told)
-    return [f"--lora {output} {words}"]
+    learned = " ".join(f"--embedding {folder / DIFFUSERS}" for folder in told)
+    return [f"--lora {output} {learned}"]
+
+
+def spread(words: Sequence[Tensor], regular: Tensor, weight: float = math.inf, ridge: float = 0.0) -> Tensor:
+    """How what is asked of the concepts' tokens is met by weights that read text, [s,d] in float64, for `merged`.
+
+    words: of each concept its tokens, [n,d], s in all. regular: tokens [m,d] of many captions, m at least d (else a ridge).
+    weight inf: minimises mean |(W - W0) c'|^2 over the regular tokens + ridge |W - W0|^2 under W c' = W_own c' for every token
+    of a concept (eq. 4 and its Lagrangian solution); one that stands twice counts once, as the first concept has it. Finite:
+    weight times mean |(W - W_own) c'|^2, over the tokens of a concept and over the concepts, is added instead; any number of
+    tokens is taken then, and such as are nearly the same under different concepts. Raises UsageError where none is a solution.
+    """
+    seen, asked = regular.double(), torch.cat([w.double() for w in words])
+    gram = seen.T @ seen / len(seen) + ridge * torch.eye(seen.shape[1], dtype=torch.float64)
+    few = "the captions do not fill the text's {} widths; give more captions, or a ridge above 0"
+    if not math.isinf(weight):
+        counts = torch.cat([w.new_full((len(w), 1), weight / (len(words) * len(w)), dtype=torch.float64) for w in words])
+        return _solved(gram + asked.T @ (counts * asked), (counts * asked).T, few).T
+    once = [not any(torch.allclose(row, other) for other in asked[:i]) for i, row in enumerate(asked)]
+    d = _solved(gram, asked[once].T, few).T
+    found = torch.zeros_like(asked)
+    found[once] = _solved(d @ asked[once].T, d, "no weights meet {} tokens exactly; give fewer captions, or a --weight")
+    return found
+
+
+def _solved(matrix: Tensor, right: Tensor, fault: str) -> Tensor:
+    """The solution of matrix [n,n] x = right [n,k]. Raises UsageError with the fault where there is none."""
+    if torch.linalg.matrix_rank(matrix) < len(matrix):
+        raise UsageError(fault.format(len(matrix)))
+    found: Tensor = torch.linalg.solve(matrix, right)
+    return found
+
+
+def merged(words: Sequence[Tensor], moves: Sequence[Tensor], over: Tensor) -> Tensor:
+    """W - W0 [out,d] of a layer in float64, of what each concept's own training moved it by (W_own - W0, [out,d] each)."""
+    asked = torch.cat([tokens.double() @ move.double().T for tokens, move in zip(words, moves, strict=True)])
+    return asked.T @ over
 
 
 def _told(given: Sequence[str]) -> dict[Path, list[str]]:
@@ -80,22 +113,15 @@ def of_word(bundle: Any, word: str, caption: str, exact: bool = False) -> Tensor
     ids, first = (text.tokenizer([t], text.window)[0] for t in (caption, word))
     if first[1] not in ids:
         raise UsageError(f"the caption {caption!r:.100} does not hold the word {word!r}")
-    read = _read(bundle, caption)
-    return read[ids.index(first[1]) : text.tokenizer.length(caption) - 1 if exact else len(read)]
+    found: Tensor = text([caption]).tokens[0, ids.index(first[1]) : text.tokenizer.length(caption) - 1 if exact else None]
+    return found
 
 
 def of_captions(bundle: Any, captions: Sequence[str], exact: bool = False) -> Tensor:
     """The text's features [n,d] of captions: every token that the network reads, or exactly those of the text, the two ends
     too, the filling not."""
     length = bundle.text.tokenizer.length
-    return torch.cat([_read(bundle, c)[: length(c) if exact else None] for c in captions])
-
-
-def _read(bundle: Any, caption: str) -> Tensor:
-    """The features [L,d] that the network attends to: with no mask the filling too."""
-    cond = bundle.text([caption])
-    found: Tensor = cond.tokens[0] if cond.mask is None else cond.tokens[0][cond.mask[0]]
-    return found
+    return torch.cat([bundle.text([c]).tokens[0, : length(c) if exact else None] for c in captions])
 
 
 def _word(folder: Path) -> str:

@@ -47,8 +47,16 @@ def read(path: str, settings: Sequence[str] = ()) -> dict[str, Any]:
             inner = inner.get(name) if isinstance(inner, dict) else None
         if not (equals and tables and field and isinstance(inner, dict)):
             raise UsageError(f"--set {setting!r} is not of the form table.key=value with table in {', '.join(recipe)}")
-        inner[field] = value
+        inner[field] = _list(value)
     return recipe
+
+
+def _list(value: str) -> Any:
+    """The list that a setting writes as TOML does, ["a", "b"]; anything else as it is."""
+    try:
+        return tomllib.loads(f"list = {value}")["list"] if value[:1] == "[" and value[-1:] == "]" else value
+    except tomllib.TOMLDecodeError:
+        return value  # a prompt may begin with a bracket
 
 
 def task_class(recipe: dict[str, Any], where: str) -> type:

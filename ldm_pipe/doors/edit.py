@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm_pipe.pipeline import Output, Pipeline
     from ldm_pipe.plan import Plan
 
-# Of real pictures its edits are right more often than null-text's, in a seventh of the time (docs/results/editing.md).
+# On the built-in model, whose guidance is mild, right more often than null-text (docs/results/editing.md) and far cheaper.
 INVERSION = "plain"
 
 

@@ -63,7 +63,7 @@ class Face(nn.Module):
 
 
 class Reader(nn.Module):
-    """Queries [N,M,C], where a time tells so scaled and shifted by [N,C] each, attend to states [N,L,C] and to themselves."""
+    """Queries [N,M,C] attend to states [N,L,C] and to themselves. shift, scale [N,C]: of queries that are told a time."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

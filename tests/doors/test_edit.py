@@ -155,7 +155,7 @@ def test_a_wrong_edit_is_one_sentence(text: str, fields: dict[str, str], words: 
         (["--edit", TEXT, "--mask", "x.png"], "go with --init-image FILE, or with --edit and --input FILE"),
         (["--edit", TEXT, "--restore", "pool(4)", "--input", "x.png"], "exclude each other"),
         (["--edit", TEXT, "--method", "prompt_to_promp"], "did you mean 'prompt_to_prompt'"),
-        (["--edit", TEXT, "--set", "inversion.iner=3"], "did you mean 'inner'"),
+        (["--edit", TEXT, "--set", "inversion.corections=3"], "did you mean 'corrections'"),
         (["-p", "a fox", "--method", "dps"], "--method goes with --edit, --restore, --mask or --outpaint"),
         (["-p", "a fox", "--set", "inversion.inner=3"], "go with --edit"),
     ],

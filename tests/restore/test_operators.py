@@ -106,7 +106,8 @@ def test_the_proximal_map_by_autograd_is_the_same(operator: Linear, x: Tensor, d
     """One Gauss-Newton step by conjugate gradients, as operators without a spectrum have it."""
     y = operator(draw(2, 3, 8, 16).flip(3))
     for rho in (0.01, 0.7):
-        assert near(Operator.prox(operator, x, rho, y), operator.prox(x, rho, y), 1e-5)
+        assert near(Function(operator).prox(x, rho, y), operator.prox(x, rho, y), 1e-5)
+        assert near(Operator.prox(operator, x, rho, y), operator.prox(x, rho, y), 1e-5)  # with its own derivative
 
 
 @linear
@@ -336,6 +337,22 @@ def test_the_derivative_through_a_decoder_is_nearly_its_own(x: Tensor) -> None:
     assert bool((there.push(0 * x) == 0).all())
     right = Latent(parse("pool(2)"), Bent()).pullback(x, u := there.value.flip(2))  # type: ignore[arg-type]
     assert near(there.pull(u), right)
+
+
+def test_a_step_decodes_once_a_round(x: Tensor) -> None:
+    """Once for the value and its derivative, once a round, once to see whether the whole step was too far."""
+    from ldm_pipe.restore.latent import Latent
+
+    seen: list[int] = []
+
+    class Counted(Bent):
+        def decode(self, latents: Tensor) -> Tensor:
+            seen.append(1)
+            return super().decode(latents)
+
+    pool = parse("pool(2)")
+    Latent(pool, Counted(), steps=2).prox(0.1 * x, 0.0, pool(Bent().decode(0.11 * x)))  # type: ignore[arg-type]
+    assert len(seen) == 4
 
 
 def test_a_step_that_would_miss_by_more_is_halved() -> None:

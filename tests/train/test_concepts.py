@@ -5,22 +5,68 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ldm_pipe import Pipeline, adapted, lora
-from ldm_pipe.cond import Cond
+from ldm_pipe.errors import UsageError
 from train.__main__ import main
-from train.concepts import concepts, of_captions, of_word
+from train.concepts import concepts, merged, of_captions, of_word, spread
 from train.loop import run
-from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion, weighed
+from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion
 from train.tasks.textual_inversion import DIFFUSERS
 
 CAPTIONS = ["a fox on red", "an owl on blue", "a cat", "two dogs on green", "an owl", "a red fox", "a dog", "the cat on blue"]
+
+
+@pytest.fixture
+def drawn() -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """W0 [5,12], regular tokens [40,12]; the words of two concepts, 3 and 2 tokens, and what their weights moved by."""
+    g = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return some(5, 12), some(40, 12), [some(3, 12), some(2, 12)], [some(5, 12), some(5, 12)]
+
+
+def test_the_merge_is_the_solution_of_the_constrained_problem(drawn: Any) -> None:
+    """Against the KKT system of min |(W - W0) C_reg'|^2 under W C*' = V, solved whole."""
+    w0, regular, words, moves = drawn
+    c, v = torch.cat(words), torch.cat([t @ (w0 + m).T for t, m in zip(words, moves, strict=True)])
+    found = w0 + merged(words, moves, spread(words, regular))
+    assert torch.allclose(c @ found.T, v, atol=1e-12)
+    gram = regular.T @ regular
+    whole = torch.cat([torch.cat([gram, c.T], 1), torch.cat([c, torch.zeros(5, 5).double()], 1)])
+    solved = torch.linalg.solve(whole, torch.cat([gram @ w0.T, v]))[:12].T
+    assert torch.allclose(found, solved, atol=1e-11)
+    twice, one = [torch.cat([words[0], words[0]])], merged(words[:1], moves[:1], spread(words[:1], regular))
+    assert torch.allclose(merged(twice, moves[:1], spread(twice, regular)), one, atol=1e-12)
+    with pytest.raises(UsageError, match="give more captions, or a ridge"):
+        spread(words, regular[:7])
+    assert torch.allclose(c @ (w0 + merged(words, moves, spread(words, regular[:7], ridge=0.1))).T, v, atol=1e-10)
+    with pytest.raises(UsageError, match="no weights meet 13 tokens exactly"):
+        spread([regular[:13]], regular)
+
+
+def test_the_weighed_merge_is_the_least_squares_of_both(drawn: Any) -> None:
+    """Against all rows stacked, solved whole, every concept with the same share; with much weight it is the constrained one."""
+    w0, regular, words, moves = drawn
+    parts, wanted = [regular / 40**0.5, 0.1**0.5 * torch.eye(12).double()], [regular @ w0.T / 40**0.5, 0.1**0.5 * w0.T]
+    for tokens, move in zip(words, moves, strict=True):
+        share = (3 / (2 * len(tokens))) ** 0.5
+        parts.append(share * tokens)
+        wanted.append(share * tokens @ (w0 + move).T)
+    solved = torch.linalg.lstsq(torch.cat(parts), torch.cat(wanted)).solution.T
+    assert torch.allclose(w0 + merged(words, moves, spread(words, regular, 3.0, 0.1)), solved, atol=1e-12)
+    exact = merged(words, moves, spread(words, regular))
+    assert torch.allclose(merged(words, moves, spread(words, regular, 1e9)), exact, atol=1e-6)
+    with pytest.raises(UsageError, match="give more captions, or a ridge"):
+        spread(words, regular[:3], 3.0)
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +123,17 @@ def test_weighed_all_that_the_network_reads_counts_in_every_caption(exports: lis
     window, regular = both.text.window, of_captions(both, CAPTIONS)
     assert len(regular) == window * len(CAPTIONS)  # the filling too
     layer = next(n for n, _ in lora.parts(both)["network"].named_modules() if n.endswith("attn2.to_k"))
-    before, targets = lora.parts(plain.bundle)["network"].get_submodule(layer).weight, []
+    before, words, moves = lora.parts(plain.bundle)["network"].get_submodule(layer).weight, [], []
     for (export, said), word in zip(told.items(), ("<toy>", "<pet>"), strict=True):
         tokens = torch.cat([of_word(both, word, c) for c in said])
         assert torch.equal(tokens, torch.cat([both.text([c]).tokens[0, 2:] for c in said]))
         own = lora.parts(adapted(plain, [str(export / DIFFERENCES)]).bundle)["network"].get_submodule(layer).weight
-        targets.append((tokens, own))
-    new = weighed(before, targets, regular, 5.0, 1e-3) - before.double()
+        words.append(tokens)
+        moves.append(own - before)
+    new = merged(words, moves, spread(words, regular, 5.0, 1e-3))
     found = load_file(file)[f"lora_unet_{layer.replace('.', '_')}.diff"]
     assert float(new.abs().max()) > 1e-3
     assert torch.allclose(found.double(), new, atol=1e-5)
-
-
-def test_a_masked_text_is_read_to_its_end() -> None:
-    text = SimpleNamespace(window=5, tokenizer=SimpleNamespace(length=lambda c: 4))
-    cond = Cond(torch.arange(10.0).reshape(1, 5, 2), mask=torch.tensor([[True, True, True, True, False]]))
-    bundle = SimpleNamespace(text=type("Text", (), {**vars(text), "__call__": lambda self, prompts: cond})())
-    assert torch.equal(of_captions(bundle, ["a b"]), cond.tokens[0, :4])  # type: ignore[index]
 
 
 def test_what_is_missing_is_one_line(exports: list[Path], tiny: Any, tmp_path: Path, capsys: Any) -> None:

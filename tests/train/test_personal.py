@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_pipe import Pipeline, UsageError, adapted, load
+from train import recipe
 from train.__main__ import main
 from train.adapter_files import DIFFUSERS as PEFT
 from train.loop import run
-from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion, merged, weighed
+from train.tasks.custom_diffusion import DIFFERENCES, CustomDiffusion
 from train.tasks.dreambooth import Dreambooth
 from train.tasks.textual_inversion import A1111, DIFFUSERS, TextualInversion
 
@@ -137,7 +138,7 @@ def test_the_prior_is_drawn_once_by_the_model_itself(make: Any, tiny: Any, tmp_p
 
 def test_a_prior_of_several_prompts_is_drawn_and_trained_with_each(make: Any, tiny: Any, tmp_path: Path) -> None:
     prompts = ("a fox", "an owl, two cats")
-    task = make(Dreambooth, prior=prompts, data={"dropout": 1.0}).grouped(3)
+    task = make(Dreambooth, prior=("a fox", " an  owl, two cats\n"), data={"dropout": 1.0}).grouped(3)
     task.net()
     folder = next((tmp_path / "cache").glob("prior-*"))
     assert [(folder / f"{k:04}.txt").read_text() for k in range(3)] == [prompts[0], prompts[1], prompts[0]]
@@ -191,44 +192,19 @@ def test_the_first_token_teaches_nothing(make: Any) -> None:
     assert torch.allclose(branch.weight.grad, tokens[:, 1:].sum((0, 1)).expand_as(branch.weight), atol=1e-5)
 
 
-def test_the_merge_is_the_solution_of_the_constrained_problem() -> None:
-    """Against the KKT system of min |(W - W0) C_reg'|^2 under W C*' = V, solved whole."""
-    g = torch.Generator().manual_seed(0)
-    w0, regular = torch.randn(5, 8, generator=g).double(), torch.randn(40, 8, generator=g).double()
-    concepts = [(torch.randn(2, 8, generator=g).double(), w0 + torch.randn(5, 8, generator=g).double()) for _ in range(2)]
-    found = merged(w0, concepts, regular)
-    c = torch.cat([t for t, _ in concepts])
-    v = torch.cat([t @ w.T for t, w in concepts])
-    assert torch.allclose(c @ found.T, v, atol=1e-12)
-    gram = regular.T @ regular
-    whole = torch.cat([torch.cat([gram, c.T], 1), torch.cat([c, torch.zeros(4, 4).double()], 1)])
-    solved = torch.linalg.solve(whole, torch.cat([gram @ w0.T, v]))[:8].T
-    assert torch.allclose(found, solved, atol=1e-12)
-    assert torch.allclose(merged(w0, [(c, w0)], regular), w0, atol=1e-12)
-    twice = [(torch.cat([concepts[0][0], concepts[0][0]]), concepts[0][1])]
-    assert torch.allclose(merged(w0, twice, regular), merged(w0, concepts[:1], regular), atol=1e-12)
-    with pytest.raises(UsageError, match="give more captions, or a ridge"):
-        merged(w0, concepts, regular[:5])
-    assert torch.allclose(c @ merged(w0, concepts, regular[:5], 0.1).T, v, atol=1e-10)
-
-
-def test_the_weighed_merge_is_the_least_squares_of_both() -> None:
-    """Against all rows stacked, solved whole; with much weight on few tokens it is the constrained one."""
-    g = torch.Generator().manual_seed(0)
-    w0, regular = torch.randn(5, 8, generator=g).double(), torch.randn(40, 8, generator=g).double()
-    concepts = [(torch.randn(n, 8, generator=g).double(), w0 + torch.randn(5, 8, generator=g).double()) for n in (9, 2)]
-    c, v = torch.cat([t for t, _ in concepts]), torch.cat([t @ w.T for t, w in concepts])
-    rows = torch.cat([regular / 40**0.5, (3 / 11) ** 0.5 * c, 0.1**0.5 * torch.eye(8).double()])
-    wanted = torch.cat([regular @ w0.T / 40**0.5, (3 / 11) ** 0.5 * v, 0.1**0.5 * w0.T])
-    solved = torch.linalg.lstsq(rows, wanted).solution.T
-    assert torch.allclose(weighed(w0, concepts, regular, 3.0, 0.1), solved, atol=1e-12)
-    few = [(t[:2], w) for t, w in concepts]
-    assert torch.allclose(weighed(w0, few, regular, 1e9), merged(w0, few, regular), atol=1e-6)
-    with pytest.raises(UsageError, match="give more captions, or a ridge"):
-        weighed(w0, few, regular[:3], 3.0)
-
-
 # --- recipes
+
+
+def test_a_setting_may_be_a_list_as_the_recipe_writes_it() -> None:
+    for text, wanted in (
+        ('["a cat", "a dog"]', ["a cat", "a dog"]), ("[1, 2.5]", [1, 2.5]), ("[a cat:a dog:0.5]", "[a cat:a dog:0.5]"),
+        ("a [cat]", "a [cat]"), ("[", "["),
+    ):  # fmt: skip
+        assert recipe.read("configs/dreambooth.toml", [f"task.prior={text}"])["task"]["prior"] == wanted
+    task = recipe.build(recipe.read("configs/dreambooth.toml", ['task.prior=["a cat", "a dog"]']), "x")[0]
+    assert task.prior == ("a cat", "a dog")
+    with pytest.raises(UsageError, match="it takes text"):
+        recipe.build(recipe.read("configs/dreambooth.toml", ['task.instance=["a cat"]']), "x")
 
 
 @pytest.mark.parametrize("name", ["textual_inversion", "dreambooth", "custom_diffusion"])

@@ -6,7 +6,6 @@ export is a file of weight differences, which `generate --lora` adds, and the wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,46 +83,3 @@ class CustomDiffusion(Dreambooth):
         moved = {n.replace("-", "."): b.weight.detach().cpu() for n, b in net.branches.items() if isinstance(b, Whole)}
         save_file({f"lora_unet_{n.replace('.', '_')}.diff": t.contiguous() for n, t in moved.items()}, folder / DIFFERENCES)
         textual_inversion.write(self.word, net.branches["word"].rows, folder)
-
-
-def merged(weight: Tensor, targets: Sequence[tuple[Tensor, Tensor]], regular: Tensor, ridge: float = 0.0) -> Tensor:
-    """One weight that gives every concept what its own gave, and changes the least elsewhere.
-
-    weight: [out,d] before any training. targets: for each concept (tokens [s,d] of its words, its trained weight [out,d]).
-    regular: tokens [n,d] of many captions, n at least d (else a ridge). Returns [out,d] in float64: minimises
-    |W C_reg' - W0 C_reg'| under W C*' = V (eq. 4 and its Lagrangian solution); a token that stands twice counts once, as the
-    first concept has it. Raises UsageError where the captions hold too few tokens.
-    """
-    plain, seen = weight.double(), regular.double()
-    wanted = torch.cat([tokens.double() for tokens, _ in targets])
-    values = torch.cat([tokens.double() @ own.double().T for tokens, own in targets])
-    kept = [i for i, row in enumerate(wanted) if not any(torch.allclose(row, other) for other in wanted[:i])]
-    wanted, values = wanted[kept], values[kept]
-    gram = _filled(seen.T @ seen, ridge)
-    d = torch.linalg.solve(gram, wanted.T).T  # [s,d]
-    missing = values.T - plain @ wanted.T  # [out,s]
-    return plain + torch.linalg.solve(d @ wanted.T, missing.T).T @ d
-
-
-def weighed(
-    weight: Tensor, targets: Sequence[tuple[Tensor, Tensor]], regular: Tensor, importance: float, ridge: float = 0.0
-) -> Tensor:
-    """One weight that nearly gives every concept what its own gave, and changes little elsewhere.
-
-    The arguments are those of `merged`. Returns [out,d] in float64: minimises mean |(W - W0) c'|^2 over the regular tokens +
-    importance * mean |(W - W_own) c'|^2 over the concepts' + ridge |W - W0|^2. Unlike `merged` it takes any number of tokens,
-    and such as are nearly the same under different concepts.
-    """
-    plain, seen = weight.double(), regular.double()
-    wanted = torch.cat([tokens.double() for tokens, _ in targets])
-    moved = torch.cat([tokens.double() @ (own.double() - plain).T for tokens, own in targets])
-    gram = seen.T @ seen / len(seen) + importance * wanted.T @ wanted / len(wanted)
-    return plain + torch.linalg.solve(_filled(gram, ridge), importance * wanted.T @ moved / len(wanted)).T
-
-
-def _filled(gram: Tensor, ridge: float) -> Tensor:
-    """A Gram matrix [d,d] with a ridge on it. Raises UsageError where it has no inverse."""
-    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-    if torch.linalg.matrix_rank(gram) < len(gram):
-        raise UsageError(f"the captions do not fill the text's {len(gram)} widths; give more captions, or a ridge above 0")
-    return gram

@@ -41,7 +41,7 @@ class Dreambooth(Lora):
         super().__post_init__()
         if self.prior and self.settings.buckets:
             raise UsageError("dreambooth with a prior takes squares: set data.buckets to false, or prior to an empty text")
-        if any(not p.strip() for p in self._prompts):
+        if not all(self._prompts):
             raise UsageError("prior holds an empty prompt; it takes a text or a list of texts")
         if self.prior_images < max(1, len(self._prompts)) or self.prior_weight < 0:
             raise UsageError("prior_images takes 1 or more for every prompt of the prior, prior_weight 0 or more")
@@ -50,9 +50,8 @@ class Dreambooth(Lora):
 
     @property
     def _prompts(self) -> tuple[str, ...]:
-        if isinstance(self.prior, str):
-            return (self.prior,) if self.prior else ()
-        return tuple(self.prior)
+        several = ((self.prior,) if self.prior else ()) if isinstance(self.prior, str) else self.prior
+        return tuple(" ".join(prompt.split()) for prompt in several)  # as captions are read
 
     @cached_property
     def settings(self) -> Data:
