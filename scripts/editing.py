@@ -144,7 +144,7 @@ def sheet(pipe: Pipeline, folder: Path) -> None:
         columns(ax, shown)
         ax.set_ylabel(f"{source}, {kind} edited")
         print(f"{source} {kind}: " + "; ".join(c.prompts[1] for c in given), flush=True)
-    figure.savefig(folder / "editing.png", dpi=100)
+    figure.savefig(folder / "editing.png", dpi=80)
 
 
 def main() -> None:
