@@ -92,8 +92,20 @@ def test_a_soft_mask_holds_longer_what_is_darker() -> None:
         return Estimate(torch.ones_like(x), level.noise(x, torch.ones_like(x)))
 
     held = Keep(known, mask, start=0.8)(ones)
-    rows = [held(torch.full((1, 1, 1, 3), 2.0), Level(1 - u, u)).x0.flatten().tolist() for u in (0.8, 0.41, 0.39, 0.01)]
+    x, walk = torch.full((1, 1, 1, 3), 2.0), [Level(1 - u, u) for u in (0.8, 0.41, 0.39, 0.01)]
+    rows = [held(x, level).x0.flatten().tolist() for level in walk]
     assert rows == [[0, 0, 1], [0, 0, 1], [0, 1, 1], [0, 1, 1]]
+    for level in walk:  # what is held and what is left both make up x
+        assert torch.allclose(level.mix(held(x, level).x0, held(x, level).noise), x)
+
+
+def test_a_latent_is_redrawn_as_much_as_the_most_redrawn_of_its_pixels() -> None:
+    mask = Image.new("L", (8, 8))
+    mask.putpixel((1, 2), 255)
+    mask.putpixel((6, 5), 51)
+    found = Source(picture((8, 8)), mask).latent_mask(4, torch.device("cpu"))
+    assert found is not None
+    assert torch.allclose(found[0, 0], torch.tensor([[1.0, 0.0], [0.0, 0.2]]), atol=1e-6)
 
 
 def test_neutral_masks_change_no_bit(pipe: Pipeline) -> None:
