@@ -69,8 +69,8 @@ def main() -> None:
         for group in (g for g in groups if args.group in (None, g)):
             rows, tests = found.setdefault(group, {}), groups[group]["tests"]
             for name, old, new, says in groups[group]["slips"][args.first :]:
-                first = [t for t in tests if name in t]  # its own tests, where a file is named after it
-                test = planted(Path(temp), Path("ldm_pipe", FOLDERS[group], f"{name}.py"), old, new, [*first, *tests])
+                near = sorted(tests, key=lambda test: -(ROOT / test).read_text(encoding="utf-8").count(name))  # its own first
+                test = planted(Path(temp), Path("ldm_pipe", FOLDERS[group], f"{name}.py"), old, new, near)
                 rows[f"{name}: {old}"] = [f"{FOLDERS[group]}/{name}.py", says, test.removeprefix("tests/")]
                 print(f"{name}: {says}: {test or 'NOT CAUGHT'}", flush=True)
                 write(args.output, "slips", found, page(found))
