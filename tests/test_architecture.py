@@ -38,7 +38,7 @@ RANKS = {name: rank for rank, names in LAYERS.items() for name in names.split()}
 # What others of the package wrap or are made of.
 SIBLINGS = {
     "ldm_pipe.guidance.cfg", "ldm_pipe.networks.stages", "ldm_pipe.networks.unet", "ldm_pipe.editing.pairs",
-    "ldm_pipe.editing.invert", "ldm_pipe.restore.latent",
+    "ldm_pipe.editing.invert", "ldm_pipe.restore.latent", "ldm_pipe.networks.image_prompt",
     "ldm_pipe.editing.local_blend",  # which prompt-to-prompt may put around the sampler
 }  # fmt: skip
 HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}
