@@ -240,10 +240,11 @@ def test_every_method_is_registered(folder: str, kinds: list[str]) -> None:
 
 
 def texts() -> Iterator[Path]:
+    installed = {config.parent for config in ROOT.glob("*/pyvenv.cfg")}  # a virtual environment, whatever its name
     for path in sorted(ROOT.rglob("*")):
         inside = path.relative_to(ROOT).parts
         hidden = any(p.startswith(".") or p in {"runs", "outputs", "build", "dist", "__pycache__"} for p in inside)
-        if not hidden and path.suffix in {".py", ".toml", ".md", ".txt", ".yml"}:
+        if not (hidden or installed & {*path.parents}) and path.suffix in {".py", ".toml", ".md", ".txt", ".yml"}:
             yield path
 
 
