@@ -30,14 +30,20 @@ def planted(root: Path, file: Path, old: str, new: str, tests: list[str]) -> str
     if text.count(old) != 1:
         raise SystemExit(f"error: {file} holds {old!r} {text.count(old)} times; a slip takes a text that stands there once")
     path.write_text(text.replace(old, new), encoding="utf-8")
+    try:
+        return first_failing(root, tests)
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def first_failing(root: Path, tests: list[str]) -> str:
+    """The first of the tests that fails in a copy of the project, "" where all pass."""
     words = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *tests]
     settings = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(words, cwd=root, env=settings, capture_output=True, text=True, timeout=LONG)
     except subprocess.TimeoutExpired:
         return "does not end"
-    finally:
-        path.write_text(text, encoding="utf-8")
     failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     return "" if done.returncode == 0 else (failed or ["stops"])[0].split("[")[0]
 
@@ -67,8 +73,13 @@ def main() -> None:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, Path(temp) / part)
         for group in (g for g in groups if args.group in (None, g)):
-            rows, tests = found.setdefault(group, {}), groups[group]["tests"]
-            for name, old, new, says in groups[group]["slips"][args.first :]:
+            slips, tests = groups[group]["slips"], groups[group]["tests"]
+            if test := first_failing(Path(temp), tests):
+                raise SystemExit(f"error: {test} fails before anything is planted; mend it first")
+            before = found.get(group, {})
+            names = [f"{name}: {old}" for name, old, _, _ in slips]
+            rows = found[group] = {name: before[name] for name in names if name in before}
+            for name, old, new, says in slips[args.first :]:
                 near = sorted(tests, key=lambda test: -(ROOT / test).read_text(encoding="utf-8").count(name))  # its own first
                 test = planted(Path(temp), Path("ldm_pipe", FOLDERS[group], f"{name}.py"), old, new, near)
                 rows[f"{name}: {old}"] = [f"{FOLDERS[group]}/{name}.py", says, test.removeprefix("tests/")]
