@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ def batches(task: Task, job: Job, first: int, rank: int, world: int) -> Iterator
     """The batches of steps first..job.last - 1 on one process. Raises LdmError, one line, where one cannot be made."""
     steps = _Steps(task, job, rank, world)
     order = range(first, job.last)
+    fault: LdmError
     made: Iterator[Batch | _Failure] = map(steps.__getitem__, order)
     if job.workers:
         settings = {"batch_size": None, "num_workers": job.workers, "timeout": job.patience, "multiprocessing_context": "fork"}
@@ -49,17 +51,29 @@ def batches(task: Task, job: Job, first: int, rank: int, world: int) -> Iterator
         except StopIteration:
             return
         except (RuntimeError, OSError) as error:  # a worker was killed, or took longer than `patience`
-            raise worker_fault(error) from error
+            fault, made = worker_fault(_cause(error)), iter(())
+            break  # to raise outside: a traceback would keep the loader, and torch's handler of signals would raise once more
         if isinstance(batch, _Failure):
             fault = LdmError(batch.words)
             fault.exit_code = batch.exit_code
-            raise fault
+            break
         yield batch
+    raise fault
 
 
 def worker_fault(error: Exception) -> EnvironmentFault:
     """One line for a worker that was killed or hangs. Torch raises that from a signal handler: anywhere in the loop."""
     return EnvironmentFault(f"a worker that makes batches failed: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+
+def _cause(error: Exception) -> Exception:
+    """A broken connection to a worker is the first to be seen; the signal that says of what it died follows."""
+    if isinstance(error, OSError):
+        try:
+            time.sleep(1)
+        except RuntimeError as told:
+            return told
+    return error
 
 
 def parts_of(batch: Batch, count: int) -> list[Batch]:

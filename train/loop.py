@@ -56,10 +56,12 @@ def run(task: Task, job: Job, allow_changed: bool = False) -> Path:
         try:
             loop.train()
         except RuntimeError as error:
-            if job.workers and "DataLoader worker" in str(error):
-                raise worker_fault(error) from error
-            raise
-        return loop.finish()
+            if not job.workers or "DataLoader worker" not in str(error):
+                raise
+            fault = worker_fault(error)
+        else:
+            return loop.finish()
+        raise fault  # here, where no traceback keeps the loader
 
 
 @dataclass

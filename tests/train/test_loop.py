@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -354,10 +355,11 @@ def test_a_worker_that_dies_or_hangs_is_one_line(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL) if self.how == "kill" else time.sleep(20)
             return super().batch(seed, ids)
 
-    for how in ("kill", "hang"):
-        with pytest.raises(EnvironmentFault, match="a worker that makes batches failed") as error:
-            run(Dies(how=how), job(tmp_path / how, workers=1, patience=2))
+    for how, patience, said in (("kill", 60, "(killed by signal|exited unexpectedly)"), ("hang", 2, "timed out")):
+        with pytest.raises(EnvironmentFault, match=f"a worker that makes batches failed: .*{said}") as error:
+            run(Dies(how=how), job(tmp_path / how, workers=1, patience=patience))
         assert "\n" not in str(error.value)
+        assert not multiprocessing.active_children(), "the workers are gone with the run, and so is what watched them"
 
 
 # --- processes
