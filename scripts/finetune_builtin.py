@@ -28,7 +28,7 @@ from train.loop import run
 
 LEVELS = {"name": "logit_normal", "mean": 1.0, "deviation": 1.2}  # those that the built-in model was trained with
 NEW, TOY = lessons.WORDS
-PRIOR = {"prior": "a duck on a red background", "prior_images": 40}
+PRIOR = {"prior": lessons.old(40), "prior_images": 80}
 Rows = dict[str, Callable[[int], marks.Result]]  # what is compared: count of prompts -> result
 
 
@@ -85,7 +85,7 @@ def both(export: Path, plain: Pipeline) -> Rows:
     told = export.parent / "captions.txt"
     told.write_text("\n".join(lessons.scene_at(6060, k)[1] for k in range(300)) + "\n")
     merged.unlink(missing_ok=True)
-    given = [f"{folder}=a {word} on a {c} background" for folder, word in ((first, NEW), (export, TOY)) for c in lessons.SEEN]
+    given = [f"{folder}={said}" for folder, word in ((first, NEW), (export, TOY)) for said in lessons.told_in_places(word)]
     concepts("builtin", given, str(told), merged, ridge=1e-3)
     words = [str(f / "learned_embeds.safetensors") for f in (first, export)]
     return {
@@ -95,8 +95,9 @@ def both(export: Path, plain: Pipeline) -> Rows:
 
 
 def subject(name: str, word: str, lora: str, learned: str, recipe: str, tables: dict[str, dict[str, Any]]) -> Lesson:
-    """A lesson of one object under a word."""
-    return Lesson(recipe, lessons.subject(name, word), before_after(marks.of_subject(name, word), lora, learned), tables)
+    """A lesson of one object under a word: alone where only the word learns, else in several places."""
+    data = (lessons.in_places if lora else lessons.subject)(name, word)
+    return Lesson(recipe, data, before_after(marks.of_subject(name, word), lora, learned), tables)
 
 
 FIRST, SECOND = lessons.NAMES
@@ -111,13 +112,13 @@ LESSONS = {
     "dreambooth": subject(FIRST, lessons.RARE, LOW, "", "dreambooth", {
         "task": {"instance": f"a {lessons.RARE}", **PRIOR, "train_text": True},
         "lora": {"rank": 16, "layers": ["*attn*.to_?", "*attn*.to_out.0", "*conv?"], "text_layers": ["*self_attn.*_proj"]},
-        "job": {"steps": 400, "lr": 1e-3, "lr_end": 1e-4, "batch": 4, "warmup": 20, "ema": 0.98}}),
+        "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "warmup": 20, "ema": 0.98}}),
     "textual_inversion_known": subject(lessons.KNOWN, NEW, "", WORD, "textual_inversion", FOUND),
     "textual_inversion": subject(FIRST, NEW, "", WORD, "textual_inversion", FOUND),
     "custom_diffusion": subject(FIRST, NEW, KEYS, WORD, "custom_diffusion", {
         "task": {"word": NEW, "begin": "duck", "instance": f"a {NEW}", **PRIOR},
         "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
-    "custom_diffusion_two": Lesson("custom_diffusion", lessons.subject(SECOND, TOY), both, {
+    "custom_diffusion_two": Lesson("custom_diffusion", lessons.in_places(SECOND, TOY), both, {
         "task": {"word": TOY, "begin": "bread", "instance": f"a {TOY}", **PRIOR},
         "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {

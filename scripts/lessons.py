@@ -58,6 +58,33 @@ def subject(name: str, word: str) -> Callable[[Path], None]:
     return four
 
 
+def in_places(name: str, word: str) -> Callable[[Path], None]:
+    """Four renders of an object: large, smaller at the edge, and small beside two objects that the model knows."""
+    scenes = (
+        alone(name, SEEN[0]),
+        Scene("one", SEEN[1], (Placed(name, 32, 2, 26),)),
+        Scene("two", SEEN[2], (Placed(name, 24, 2, 18), Placed("duck", 24, 34, 18)), "left of"),
+        Scene("two", SEEN[3], (Placed(name, 20, 26, 34), Placed("cat", 24, 18, 2)), "below"),
+    )
+
+    def four(folder: Path) -> None:
+        for k, (scene, said) in enumerate(zip(scenes, told_in_places(word), strict=True)):
+            _save(folder / str(k), render(scene), said)
+
+    return four
+
+
+def told_in_places(word: str) -> list[str]:
+    """The captions of `in_places`."""
+    beside = ("", "", "left of a duck ", "below a cat ")
+    return [f"a {word} {b}on a {colour} background" for b, colour in zip(beside, SEEN, strict=True)]
+
+
+def old(count: int) -> list[str]:
+    """Captions of training scenes: what is to stay."""
+    return [scene_at(8080, k)[1] for k in range(count)]
+
+
 def alone(name: str, colour: str) -> Scene:
     """An object in the middle of a colour."""
     h, w = sprite(name, 40).shape[:2]
