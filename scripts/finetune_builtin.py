@@ -54,6 +54,11 @@ def before_after(measure: Callable[[Pipeline, int], marks.Result], lora: str = "
     return rows
 
 
+def style(export: Path, plain: Pipeline) -> Rows:
+    """Beside the pictures of the style themselves."""
+    return {"the style itself": partial(marks.style_itself, plain), **before_after(marks.of_style, LOW)(export, plain)}
+
+
 def steered(export: Path, plain: Pipeline) -> Rows:
     """Without and with the network that reads edges."""
     named = {"without": "", "with its edges": str(export)}
@@ -105,7 +110,7 @@ KEYS = "custom_diffusion.safetensors"
 LOW, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 FOUND = {"task": {"word": NEW, "begin": "duck"}, "job": {"steps": 600, "lr": 2e-3, "lr_end": 2e-4, "batch": 8, "ema": 0.95}}
 LESSONS = {
-    "lora_style": Lesson("lora", lessons.styled, before_after(marks.of_style, LOW), {
+    "lora_style": Lesson("lora", lessons.styled, style, {
         "lora": {"rank": 16, "layers": ["*"]},
         "objective": {"levels": {"name": "logit_normal", "mean": 0.0, "deviation": 1.2}},  # a line is drawn late
         "job": {"steps": 800, "lr": 1e-3, "lr_end": 5e-5, "batch": 8, "warmup": 20, "ema": 0.98}}),

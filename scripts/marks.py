@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lessons import NAMES, WORDS, alone, standing_out
+from lessons import NAMES, WORDS, alone, outlined, standing_out
 from measuring import graded, scenes, share
 from PIL import Image
 from restoration_rows import psnr
@@ -89,12 +89,32 @@ def old_objects(pipe: Pipeline, count: int) -> dict[str, float]:
 
 def of_style(pipe: Pipeline, count: int) -> Result:
     """The line and the objects of scenes of one object."""
-    wanted = [s for s in scenes("one", "train", 2 * count, 91) if s.colour != "black"][:count]
-    pictures = drawn(pipe, [captions(s)[0] for s in wanted])
-    line = share(sum(map(has_line, pictures)), count)
-    right = share(sum(map(names_right, pictures, wanted)), count)
+    wanted = _scenes_of_style(count)
+    return _style(drawn(pipe, [captions(s)[0] for s in wanted]), wanted)
+
+
+def style_itself(pipe: Pipeline, count: int) -> Result:
+    """What there is to reach: the same scenes outlined, through the codec."""
+    wanted = _scenes_of_style(count)
+    return _style([np.asarray(through_codec(pipe, outlined(s))) for s in wanted], wanted)
+
+
+def _scenes_of_style(count: int) -> list[Scene]:
+    return [s for s in scenes("one", "train", 2 * count, 91) if s.colour != "black"][:count]
+
+
+def _style(pictures: list[np.ndarray], wanted: list[Scene]) -> Result:
+    line = share(sum(map(has_line, pictures)), len(wanted))
+    right = share(sum(map(names_right, pictures, wanted)), len(wanted))
     rims = [float(p[ring(p)].max(-1).mean()) for p in pictures if ring(p).any()]
     return Result(pictures[:8], {"line": line, "objects": right}, {"brightness of the rim, of 255": float(np.mean(rims))})
+
+
+def through_codec(pipe: Pipeline, picture: np.ndarray) -> Image.Image:
+    """A picture [64,64,3], encoded and decoded."""
+    codec = pipe.bundle.codec
+    with torch.no_grad():
+        return to_pil(codec.decode(codec.encode(to_tensor([Image.fromarray(picture)]))))[0]
 
 
 def of_subject(name: str, word: str) -> Callable[[Pipeline, int], Result]:
@@ -164,9 +184,7 @@ def of_restored(operator: str, by: Restorer) -> Callable[[Pipeline, int], Result
         wanted = [s for kind in ("one", "two", "count") for s in scenes(kind, "train", -(-count // 3), 96)][:count]
         pictures, gains = [], []
         for k, scene in enumerate(wanted):
-            codec = pipe.bundle.codec
-            with torch.no_grad():
-                truth = to_pil(codec.decode(codec.encode(to_tensor([Image.fromarray(render(scene))]))))[0]
+            truth = through_codec(pipe, render(scene))
             degraded = to_pil(parse(operator)(to_tensor([truth])))[0]
             pictures.append(by(pipe, degraded, captions(scene)[0], k))
             gains.append(psnr(pictures[-1], truth, ""))

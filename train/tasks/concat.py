@@ -28,7 +28,7 @@ from train.data.precomputed import digest, pixels
 from train.job import Batch
 from train.tasks.finetune import Finetune
 
-SIDES = (0.25, 0.9)  # of a box that is drawn anew, as shares of the picture's
+SIDES = (0.25, 1.1)  # of a box that is drawn anew, as shares of the picture's; from 1 on it is a strip, as outpainting has
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Concat(Finetune):
 def box(like: Tensor, rng: Any) -> Tensor:
     """[1,1,H,W]: ones in a random box, zeros elsewhere."""
     found = torch.zeros_like(like[:, :1])
-    height, width = (max(1, round(side * rng.uniform(*SIDES))) for side in like.shape[-2:])
+    height, width = (min(side, max(1, round(side * rng.uniform(*SIDES)))) for side in like.shape[-2:])
     top, left = (int(rng.integers(side - part + 1)) for side, part in zip(like.shape[-2:], (height, width), strict=True))
     found[..., top : top + height, left : left + width] = 1.0
     return found
