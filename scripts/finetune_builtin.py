@@ -99,6 +99,13 @@ def both(export: Path, plain: Pipeline) -> Rows:
     }
 
 
+def together(export: Path, plain: Pipeline) -> Rows:
+    """Both words, trained at once."""
+    words = [str(export / WORD), str(export / "learned_embeds_2.safetensors")]
+    taught = adapted(plain, [f"{export / KEYS}:1"], words)
+    return {"before": partial(marks.of_pair, adapted(plain, [], words)), "together": partial(marks.of_pair, taught)}
+
+
 def subject(name: str, word: str, lora: str, learned: str, recipe: str, tables: dict[str, dict[str, Any]]) -> Lesson:
     """A lesson of one object under a word: alone where only the word learns, else in several places."""
     data = (lessons.in_places if lora else lessons.subject)(name, word)
@@ -126,6 +133,9 @@ LESSONS = {
     "custom_diffusion_two": Lesson("custom_diffusion", lessons.in_places(SECOND, TOY), both, {
         "task": {"word": TOY, "begin": "bread", "instance": f"a {TOY}", **PRIOR},
         "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
+    "custom_diffusion_together": Lesson("custom_diffusion", lessons.two_in_places, together, {
+        "task": {"word": [NEW, TOY], "begin": ["duck", "bread"], **PRIOR},
+        "job": {"steps": 2000, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {
         "task": {"hint": "edges"},
         "job": {"steps": 600, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),

@@ -74,6 +74,13 @@ def in_places(name: str, word: str) -> Callable[[Path], None]:
     return four
 
 
+def two_in_places(folder: Path) -> None:
+    """The four of each subject."""
+    for name, word in zip(NAMES, WORDS, strict=True):
+        (folder / word.strip("<>")).mkdir()
+        in_places(name, word)(folder / word.strip("<>"))
+
+
 def told_in_places(word: str) -> list[str]:
     """The captions of `in_places`."""
     beside = ("", "", "left of a duck ", "below a cat ")

@@ -103,6 +103,10 @@ def _told(given: Sequence[str]) -> dict[Path, list[str]]:
         missing = [n for n in (DIFFERENCES, DIFFUSERS) if not (folder / n).is_file()]
         if missing:
             raise UsageError(f"--concept {str(folder)!r:.120} has no {missing[0]}; it takes an export of custom_diffusion")
+        if len(list(folder.glob("learned_embeds*"))) > 1:
+            raise UsageError(
+                f"--concept {str(folder)!r:.120} holds words that learned together already; it takes one of one word"
+            )
     return told
 
 

@@ -1,7 +1,7 @@
-"""Custom Diffusion: the keys and values of what attends to the text, and a new word, learn a concept; several merge.
+"""Custom Diffusion: the keys and values of what attends to the text, and a new word, learn a concept, or several together.
 
-Multi-Concept Customization of Text-to-Image Diffusion, Kumari et al. 2022, arXiv 2212.04488, section 3.1-3.2 and eq. 4. The
-export is a file of weight differences, which `generate --lora` adds, and the word's vector, for `--embedding`.
+Multi-Concept Customization of Text-to-Image Diffusion, Kumari et al. 2022, arXiv 2212.04488, section 3.1-3.2. The export is a
+file of weight differences, which `generate --lora` adds, and the vector of every word, for `--embedding`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ldm_pipe import embedding, loading, lora
 from ldm_pipe.errors import UsageError
 from ldm_pipe.lora_names import NETWORK
+from train.data.source import Fault, Row
+from train.job import Job
 from train.tasks import textual_inversion
 from train.tasks.dreambooth import Dreambooth
 
@@ -45,41 +47,79 @@ class Whole(nn.Module):
 class CustomDiffusion(Dreambooth):
     """Trains the keys and values of cross-attention and a word; the fields are those of the task dreambooth without [lora].
 
-    word, begin: the new word, and a known one whose vector it begins with. instance: holds the word.
+    word, begin: the new word, and a known one whose vector it begins with; or a list of words, which learn together, and of
+    what they begin with. instance: holds the word. With several, every picture has a caption that holds one.
     """
 
     train_text: bool = True
     instance: str = "a photo of a <new> dog"
-    word: str = "<new>"
-    begin: str = "object"
+    word: str | tuple[str, ...] = "<new>"
+    begin: str | tuple[str, ...] = "object"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.word not in self.instance:
-            raise UsageError(f"instance is {self.instance!r}; it takes a caption with the word {self.word!r}")
+        if len(self.words) == 1 and self.words[0] not in self.instance:
+            raise UsageError(f"instance is {self.instance!r}; it takes a caption with the word {self.words[0]!r}")
+        if not 1 <= len(self.words) == len(set(self.words)) == len(self._begins):
+            raise UsageError("word and begin take a text each, or lists of one length, no word twice")
         if self.lora or self.full or not self.train_text:
             raise UsageError("custom_diffusion takes no [lora] and no full, and train_text stays true")
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The new words."""
+        return (self.word,) if isinstance(self.word, str) else self.word
+
+    @property
+    def _begins(self) -> tuple[str, ...]:
+        return (self.begin,) if isinstance(self.begin, str) else self.begin
+
     @cached_property
     def bundle(self) -> Any:
-        """The model, loaded, with the word in it."""
-        plain = loading.load(self.model)
-        return embedding.taught(plain, self.word, [textual_inversion.begun(plain, self.begin)], "task.word")[0]
+        """The model, loaded, with the words in it."""
+        found = plain = loading.load(self.model)
+        for word, begin in zip(self.words, self._begins, strict=True):
+            found = embedding.taught(found, word, [textual_inversion.begun(plain, begin)], "task.word")[0]
+        return found
+
+    def check(self, job: Job) -> list[Fault]:
+        """Also pictures that tell of none of several words."""
+        found = super().check(job)
+        return found if any(f.fatal for f in found) else found + [Fault(row.where, self._wanted) for row in self._silent()]
+
+    def net(self) -> nn.Module:
+        """What learns."""
+        for row in self._silent():
+            raise UsageError(f"{row.name!r}: {self._wanted}")
+        return super().net()
+
+    @property
+    def _wanted(self) -> str:
+        return f"its caption holds none of {', '.join(self.words)}; with several words every picture has a caption with one"
+
+    def _silent(self) -> list[Row]:
+        rows = self.dataset.rows if len(self.words) > 1 else ()
+        return [row for row in rows if not all(any(w in said for w in self.words) for said in row.captions or ("",))]
 
     def branches(self) -> dict[str, nn.Module]:
-        """The word's vector, and a difference for every key and value that reads the text."""
+        """The words' vectors, and a difference for every key and value that reads the text."""
         network = lora.parts(self.bundle)[NETWORK]
-        found: dict[str, nn.Module] = {"word": textual_inversion.placed(self, self.word, 1)}
+        found: dict[str, nn.Module] = {n: textual_inversion.placed(self, w, 1) for n, w in self._named().items()}
         for name, layer in network.named_modules():
             if name.endswith(("attn2.to_k", "attn2.to_v")):
                 branch = found[name] = Whole(layer)
                 self.handles.append(layer.register_forward_hook(lambda _, given, out, own=branch: out + own(given[0])))
-        if len(found) == 1:
+        if len(found) == len(self.words):
             raise UsageError(f"custom_diffusion takes a U-Net that attends to text, not {type(network).__name__}")
         return found
 
     def export(self, net: Any, folder: Path) -> None:
-        """The differences, and the word in both layouts."""
+        """The differences, and the words in both layouts, each in files of its own."""
         moved = {n.replace("-", "."): b.weight.detach().cpu() for n, b in net.branches.items() if isinstance(b, Whole)}
         save_file({f"lora_unet_{n.replace('.', '_')}.diff": t.contiguous() for n, t in moved.items()}, folder / DIFFERENCES)
-        textual_inversion.write(self.word, net.branches["word"].rows, folder)
+        for name, word in self._named().items():
+            textual_inversion.write(word, net.branches[name].rows, folder, name.removeprefix("word"))
+
+    def _named(self) -> dict[str, str]:
+        """The words by the names of their branches: word, word_2, ..."""
+        return {f"word_{k}" if k > 1 else "word": word for k, word in enumerate(self.words, 1)}

@@ -111,8 +111,8 @@ def with_word(word: str, templates: tuple[str, ...], seed: int, seen: Seen) -> s
     return templates[int(rng.integers(len(templates)))].replace("{}", word)
 
 
-def write(word: str, rows: Tensor, folder: Path) -> None:
-    """Vectors [n,width] in both layouts."""
-    kept = rows.detach().cpu().contiguous()
-    save_file({"emb_params": kept.clone()}, folder / A1111)
-    save_file({word: kept.clone()}, folder / DIFFUSERS)
+def write(word: str, rows: Tensor, folder: Path, mark: str = "") -> None:
+    """Vectors [n,width] in both layouts. mark: behind the names of the files."""
+    for file, name in ((A1111, "emb_params"), (DIFFUSERS, word)):
+        path = folder / file
+        save_file({name: rows.detach().cpu().clone().contiguous()}, path.with_stem(path.stem + mark))
