@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ldm_pipe import files
+from ldm_pipe.errors import UsageError
 from ldm_pipe.loading import SUMS
 from ldm_pipe.parts import WEIGHTS
 
@@ -24,6 +26,20 @@ def copy(source: Path, folder: Path, without: Sequence[str]) -> None:
         return weights | {n for n in names if n == SUMS or n.startswith(".")}
 
     shutil.copytree(source, folder, ignore=skip, dirs_exist_ok=True)
+
+
+def rebuilt(source: Path, folder: Path, part: str, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
+    """Copy a model with another network: `change` alters its configuration and its weights, by name. Raises UsageError where
+    they are not in one file. The digests are left to be written."""
+    file = Path(part) / WEIGHTS["diffusers"]
+    if not (source / file).is_file():
+        raise UsageError(f"a model is widened whose weights are in one file, {file.as_posix()}")
+    copy(source, folder, [part])
+    config = json.loads((source / part / "config.json").read_text(encoding="utf-8"))
+    state = load_file(source / file)
+    change(config, state)
+    (folder / part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file(state, folder / file, metadata={"format": "pt"})
 
 
 def write_part(source: Path, folder: Path, part: str, module: Any, renamed: Callable[[str], str | None] = str) -> None:

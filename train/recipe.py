@@ -28,6 +28,7 @@ TASKS = {
     "custom_diffusion": "train.tasks.custom_diffusion:CustomDiffusion",
     "controlnet": "train.tasks.controlnet:ControlNet",
     "concat": "train.tasks.concat:Concat",
+    "unclip": "train.tasks.unclip:Unclip",
 }
 
 

@@ -59,13 +59,20 @@ class Vectors:
         return int(self.path.last)
 
     def __call__(self, pictures: Sequence[Image], noise: Tensor, noise_level: int) -> Tensor:
-        """One picture for all or one for each, noise [B,D], noise_level 0..noisiest -> [B,2D]: the vector, whitened, mixed with
-        noise and brought back, and behind it cosines and sines of the noise level."""
+        """One picture for all or one for each, noise [B,D], noise_level 0..noisiest -> [B,2D], what the network is told."""
         if not 0 <= noise_level <= self.noisiest:
             raise UsageError(f"noise_level is {noise_level}; this model takes 0 to {self.noisiest}")
-        seen = self.tower.embeds(self.tower.pixels(pictures)).float().to(noise.device)
+        return self.noised(self.seen(pictures), noise, noise_level)
+
+    def seen(self, pictures: Sequence[Image]) -> Tensor:
+        """Pictures as their vectors, [N,D]."""
+        return self.tower.embeds(self.tower.pixels(pictures)).float()
+
+    def noised(self, seen: Tensor, noise: Tensor, noise_level: int) -> Tensor:
+        """Vectors [B,D] (or one for all), noise [B,D] -> [B,2D]: the vector, whitened, mixed with noise and brought back, and
+        behind it cosines and sines of the noise level."""
         mean, std = self.mean.to(noise), self.std.to(noise)
-        noised = self.path.level(noise_level).mix((seen - mean) / std, noise) * std + mean
+        noised = self.path.level(noise_level).mix((seen.to(noise) - mean) / std, noise) * std + mean
         return torch.cat([noised, waves(noise_level, self.width).to(noise).expand(len(noise), -1)], dim=1)
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from ldm_pipe import files, image
 from ldm_pipe.errors import UsageError
 from train.data.cache import Cache, key_of
 from train.data.dataset import Data, Dataset, Seen
-from train.data.order import Visit
+from train.data.order import Visit, stream
 
 AGAIN = "they are made when the run is started again"
 
@@ -48,6 +49,16 @@ class Precomputed:
         return Cache(Path(self.data.cache), "text")
 
     @cached_property
+    def _vectors(self) -> Cache:
+        return Cache(Path(self.data.cache), "vectors")
+
+    @cached_property
+    def _tower(self) -> str:
+        parts = [digest(self.source, "image_encoder")]
+        prepared = self.source / "feature_extractor" / "preprocessor_config.json"
+        return key_of(parts=parts, prepared=files.sha256(prepared) if prepared.exists() else "")
+
+    @cached_property
     def _vae(self) -> str:
         return digest(self.source, "vae")
 
@@ -60,6 +71,9 @@ class Precomputed:
     def _latent_key(self, dataset: Dataset, seen: Seen) -> str:
         content = {"picture": dataset.digests[seen.row], "geometry": list(seen.geometry)}
         return key_of(weights=self._vae, dtype="fp16" if self.data.half else "fp32", **content)
+
+    def _vector_key(self, dataset: Dataset, seen: Seen) -> str:
+        return key_of(weights=self._tower, picture=dataset.digests[seen.row], geometry=list(seen.geometry))
 
     def _text_key(self, caption: str) -> str:
         return key_of(weights=self._text, caption=caption, dtype="fp32")
@@ -88,6 +102,35 @@ class Precomputed:
             return {n: t for n, t in named.items() if t is not None}
 
         return self._texts.fill({self._text_key(c): c for c in captions}, make, batch=64)
+
+    def fill_vectors(self, dataset: Dataset) -> int:
+        """Make what a model that is told of pictures sees in them, where it is missing. Returns how many."""
+        rows = range(len(dataset))
+        seen = [Seen(i, v, dataset.cut(0, Visit(i, v, 0)), "") for i in rows for v in range(dataset.data.variants)]
+
+        def make(wanted: Sequence[Seen]) -> dict[str, Tensor]:
+            return {"value": self.bundle.vectors.seen([dataset.picture(s) for s in wanted])}
+
+        return self._vectors.fill({self._vector_key(dataset, s): s for s in seen}, make)
+
+    def vector(self, dataset: Dataset, seen: Seen) -> Tensor:
+        """What the model sees in the picture of a visit, [D]. Raises UsageError where it is gone from the cache."""
+        if not self.data.cache:
+            found: Tensor = self.bundle.vectors.seen([dataset.picture(seen)])[0]
+            return found
+        held = self._vectors.get(self._vector_key(dataset, seen))
+        if held is None:
+            raise UsageError(f"the cached vector of {dataset.name(seen)!r} is gone from {self.data.cache!r}; {AGAIN}")
+        return held["value"]
+
+    def told(self, dataset: Dataset, seed: int, seen: Seen, blind: float) -> Tensor:
+        """What the network is told of a visit's picture, [2D]: its vector under noise of any level, or, in a share `blind` of
+        the visits, zeros."""
+        vectors, rng = self.bundle.vectors, stream(seed, "picture", seen.row, seen.visit)
+        shown, level = rng.random() >= blind, int(rng.integers(vectors.noisiest + 1))
+        noise = torch.from_numpy(rng.standard_normal((1, vectors.width), dtype=np.float32))
+        found: Tensor = vectors.noised(self.vector(dataset, seen)[None], noise, level)[0]
+        return found * shown
 
     def latent(self, dataset: Dataset, seen: Seen) -> Tensor:
         """The latent of a visit, fp32 [C,h,w]. Raises UsageError where it is gone."""

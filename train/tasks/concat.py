@@ -6,7 +6,6 @@ learning rate 1e-4. Inpainting: Rombach et al. 2022, arXiv 2112.10752, section 4
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_pipe import files, image, loading
 from ldm_pipe.errors import UsageError
-from ldm_pipe.parts import WEIGHTS, read_json
+from ldm_pipe.parts import read_json
 from train import folder as model_folder
 from train.data.cache import key_of
 from train.data.dataset import Seen
@@ -46,8 +44,6 @@ class Concat(Finetune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.blind <= 1:
-            raise UsageError(f"blind is {self.blind:g}; it takes 0 to 1")
         if not self.settings.cache:
             raise UsageError("data.cache is empty; the widened model is kept there")
         if self.held_out or self.prompts:
@@ -113,15 +109,11 @@ def box(like: Tensor, rng: Any) -> Tensor:
 
 def widen(frame: Path, folder: Path, extra: int) -> None:
     """Copy a model whose U-Net then takes `extra` further channels, its first convolution zero there."""
-    file = Path("unet") / WEIGHTS["diffusers"]
-    if not (frame / file).is_file():
-        raise UsageError("concat takes a U-Net whose weights are in one file")
-    model_folder.copy(frame, folder, ["unet"])
-    config = json.loads((frame / "unet" / "config.json").read_text(encoding="utf-8"))
-    config["in_channels"] = int(config.get("in_channels", 4)) + extra
-    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    state = load_file(frame / file)
-    old = state["conv_in.weight"]
-    state["conv_in.weight"] = torch.cat([old, old.new_zeros(len(old), extra, *old.shape[2:])], dim=1)
-    save_file(state, folder / file, metadata={"format": "pt"})
+
+    def wider(config: dict[str, Any], state: dict[str, Tensor]) -> None:
+        config["in_channels"] = int(config.get("in_channels", 4)) + extra
+        old = state["conv_in.weight"]
+        state["conv_in.weight"] = torch.cat([old, old.new_zeros(len(old), extra, *old.shape[2:])], dim=1)
+
+    model_folder.rebuilt(frame, folder, "unet", wider)
     model_folder.write_sums(folder)

@@ -37,8 +37,9 @@ class Finetune(Task):
 
     model: "builtin" or a folder. data, objective, repa: the tables of train/data/dataset.py, train/objectives/objective.py and
     train/objectives/repa.py (empty: no second teacher). train_network, train_text: what is trained. gradient_checkpointing:
-    less memory, more time. log_variance: learn a weight per level (EDM2). held_out: pictures kept out of training, for the
-    validation loss. prompts: of the validation pictures. group: set by the loop.
+    less memory, more time. blind: share of visits without the picture, in a model that is told of it beside the words (unCLIP).
+    log_variance: learn a weight per level (EDM2). held_out: pictures kept out of training, for the validation loss. prompts: of
+    the validation pictures. group: set by the loop.
     """
 
     TABLES: ClassVar[Mapping[str, type]] = {"data": Data, "repa": Repa}
@@ -51,6 +52,7 @@ class Finetune(Task):
     train_network: bool = True
     train_text: bool = False
     gradient_checkpointing: bool = False
+    blind: float = 0.25
     log_variance: bool = False
     held_out: int = 0
     prompts: tuple[str, ...] = ()
@@ -59,6 +61,8 @@ class Finetune(Task):
     def __post_init__(self) -> None:
         if not (self.train_network or self.train_text):
             raise UsageError("nothing is trained: set train_network or train_text")
+        if not 0 <= self.blind <= 1:
+            raise UsageError(f"blind is {self.blind:g}; it takes 0 to 1")
         strict.build(Data, self.data, "[data]")
         read(self.objective)
 
@@ -130,6 +134,8 @@ class Finetune(Task):
         if self.settings.cache:
             for dataset in filter(None, self._split):
                 self.precomputed.fill_latents(dataset)
+                if self._told:
+                    self.precomputed.fill_vectors(dataset)
         if not self._live_text:
             self.precomputed.fill_text(self._captions())
         bundle.model.requires_grad_(self.train_network)
@@ -161,6 +167,8 @@ class Finetune(Task):
             batch |= {f"ids_{n}": t for n, t in self.bundle.text.ids(captions).items()}
         else:
             batch |= {f"text_{n}": t for n, t in self.precomputed.text(captions).items()}
+        if self._told:
+            batch["text_picture"] = torch.stack([self.precomputed.told(data, seed, s, self.blind) for s in seen])
         batch["text_sizes"] = torch.tensor([s.geometry.time_ids for s in seen], dtype=torch.float32)
         if self.settings.cache:
             batch["x0"] = torch.stack([self.precomputed.latent(data, s) for s in seen])
@@ -170,6 +178,11 @@ class Finetune(Task):
         if any(masks):
             batch["mask"] = torch.stack([_small(m, shape) for m in masks])
         return {**batch, "names": [data.name(s) for s in seen]}
+
+    @property
+    def _told(self) -> bool:
+        """Is the network told of the picture itself?"""
+        return self.bundle.vectors is not None and self.blind < 1
 
     # --- what comes out
 

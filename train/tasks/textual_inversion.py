@@ -39,6 +39,7 @@ class TextualInversion(Adapting):
 
     train_network: bool = False
     train_text: bool = True
+    blind: float = 1.0  # a word has nothing to tell of a picture that is shown
     word: str = "<new>"
     vectors: int = 1
     begin: str = "object"

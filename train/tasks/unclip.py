@@ -1,0 +1,131 @@
+"""A picture's CLIP vector beside the words: a U-Net gets an input for it, nothing at first, and all of it learns on.
+
+Hierarchical Text-Conditional Image Generation with CLIP Latents, Ramesh et al. 2022, arXiv 2204.06125, section 2.1, in the form
+of stable-diffusion-2-1-unclip: the vector under cosine noise of any level, which the network is told, and at a quarter of the
+visits none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm_pipe import files, loading
+from ldm_pipe.errors import UsageError
+from ldm_pipe.families import FAMILIES, family_of
+from ldm_pipe.parts import WEIGHTS, read_json, vision
+from train import folder as model_folder
+from train.data.cache import key_of
+from train.data.precomputed import digest
+from train.data.source import open_source
+from train.tasks.finetune import Finetune
+
+LOOKED_AT = 512  # pictures that the mean and the spread of vectors are taken of, at most
+NEW = {
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
+    "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
+}
+NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+
+
+@dataclass(frozen=True)
+class Unclip(Finetune):
+    """Fine-tuning of a U-Net that is told each picture's own vector; the export is a model folder for `--image-prompt`.
+
+    encoder: the folder of a CLIPVisionModelWithProjection, where the model has none yet. A model without the input is given it,
+    and kept in the cache; it then draws to the bit what it drew before.
+    """
+
+    encoder: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.settings.cache:
+            raise UsageError("data.cache is empty; the widened model is kept there")
+
+    @cached_property
+    def source(self) -> Path:
+        """The model's folder, or one with the input and the image encoder, made where it is not there yet."""
+        frame = loading.BUILTIN if self.model == "builtin" else Path(self.model)
+        family = family_of(read_json(frame / "model_index.json"), "model_index.json")
+        if family == "unclip":
+            return frame
+        config = read_json(frame / "unet" / "config.json") if family == "sd" else {}
+        if family != "sd" or config.get("class_embed_type"):
+            raise UsageError(f"unclip takes a U-Net with one CLIP and no classes, not {FAMILIES[family].title}")
+        eye = Path(self.encoder)
+        if not self.encoder or not (eye / "config.json").is_file():
+            raise UsageError(f"encoder is {self.encoder!r:.120}; it takes the folder of a CLIPVisionModelWithProjection")
+        pictures = open_source(self.settings.path, self.settings.columns)
+        rows = pictures.rows[:: -(-len(pictures.rows) // LOOKED_AT) or 1]
+        seen = [pictures.digest(row.name) for row in rows]
+        key = key_of(frame=digest(frame, ""), encoder=digest(eye, ""), pictures=seen)
+        folder = Path(self.settings.cache) / f"unclip-{key[:16]}"
+        if not folder.exists():
+            with files.new_folder(folder) as temp:
+                tower = vision(eye)
+                few = [tower.embeds(tower.pixels([pictures.picture(row.name)])) for row in rows]
+                widen(frame, temp, eye, tower.side, torch.cat(few))
+        return folder
+
+    @cached_property
+    def bundle(self) -> Any:
+        """The model with the input, loaded."""
+        return loading.load(self.source)
+
+
+def widen(frame: Path, folder: Path, eye: Path, side: int, vectors: Tensor) -> None:
+    """Copy a model whose U-Net then takes vectors as those of pictures, [N,D], through a projection that begins as nothing.
+
+    eye: the folder of the image encoder; side: of the square it sees, in pixels.
+    """
+    width = vectors.shape[1]
+
+    def projected(config: dict[str, Any], state: dict[str, Tensor]) -> None:
+        config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * width}
+        out = len(state["time_embedding.linear_2.bias"])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            first = nn.Linear(2 * width, out)
+        last = {"weight": torch.zeros(out, out), "bias": torch.zeros(out)}
+        state |= {f"class_embedding.linear_1.{n}": t.detach() for n, t in first.named_parameters()}
+        state |= {f"class_embedding.linear_2.{n}": t for n, t in last.items()}
+
+    model_folder.rebuilt(frame, folder, "unet", projected)
+    (folder / "image_encoder").mkdir()
+    for file in (*eye.glob("*.safetensors"), *eye.glob("*.safetensors.index.json"), eye / "config.json"):
+        shutil.copy(file, folder / "image_encoder")
+    given = eye / "preprocessor_config.json"
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    _write(folder / "feature_extractor" / given.name, read_json(given) if given.is_file() else sizes)
+    normal = {"mean": vectors.mean(0, keepdim=True), "std": _spread(vectors)}
+    _write(folder / "image_normalizer" / "config.json", {"embedding_dim": width})
+    save_file(normal, folder / "image_normalizer" / WEIGHTS["diffusers"], metadata={"format": "pt"})
+    _write(folder / "image_noising_scheduler" / "scheduler_config.json", NOISING)
+    index = {k: v for k, v in read_json(frame / "model_index.json").items() if k not in ("safety_checker", "requires_safety_checker", *NEW)}
+    _write(folder / "model_index.json", {**index, "_class_name": "StableUnCLIPImg2ImgPipeline", **NEW})
+    model_folder.write_sums(folder)
+
+
+def _spread(vectors: Tensor) -> Tensor:
+    """[1,D]: the standard deviation of each number, a hundredth of the mean one at least; ones of a single vector."""
+    if len(vectors) < 2:
+        return torch.ones(1, vectors.shape[1])
+    found = vectors.std(0, keepdim=True)
+    return found.clamp_min(float(found.mean()) / 100 or 1.0)
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
