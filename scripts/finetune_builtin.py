@@ -3,6 +3,7 @@
 python scripts/finetune_builtin.py --job lora_style           # a few minutes each; --job again for several
 python scripts/finetune_builtin.py --job lora_style --set job.lr=1e-3 --set job.steps=200     # a row of the sweep
 python scripts/finetune_builtin.py --job lora_style --prompts 4 --output /tmp/look
+accelerate launch --cpu --num_processes 2 scripts/finetune_builtin.py --job inpainting        # on two threads
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import lessons
 import marks
 import torch
+from accelerate import PartialState
 from measuring import ROOT, kept, write
 from PIL import Image
 
@@ -152,10 +154,12 @@ LESSONS = {
 
 def trained(name: str, place: Path, settings: list[str]) -> Path:
     """The export of a lesson."""
-    lesson, data = LESSONS[name], place / "data"
-    shutil.rmtree(place, ignore_errors=True)
-    data.mkdir(parents=True)
-    lesson.data(data)
+    lesson, data, processes = LESSONS[name], place / "data", PartialState(cpu=True)
+    if processes.is_main_process:
+        shutil.rmtree(place, ignore_errors=True)
+        data.mkdir(parents=True)
+        lesson.data(data)
+    processes.wait_for_everyone()
     tables = recipe.read(str(ROOT / "configs" / f"{lesson.recipe}.toml"))
     tables["objective"] |= {"levels": LEVELS}
     for part, values in lesson.tables.items():
@@ -166,6 +170,7 @@ def trained(name: str, place: Path, settings: list[str]) -> Path:
         key, _, value = setting.partition("=")
         part, _, inner = key.partition(".")
         tables[part][inner] = value
+    tables["job"]["batch"] = int(tables["job"]["batch"]) // processes.num_processes
     return run(*recipe.build(tables, name))
 
 
@@ -211,6 +216,8 @@ def learn(name: str, args: argparse.Namespace) -> None:
     if not (args.trained and clock.exists()):
         started = time.perf_counter()
         export = trained(name, place, args.set)
+        if not PartialState().is_main_process:
+            return
         clock.write_text(str(time.perf_counter() - started))
     spent, plain = float(clock.read_text()), Pipeline.from_pretrained("builtin", "cpu", "fp32")
     rows = lesson.rows(export, plain)
