@@ -126,18 +126,18 @@ LESSONS = {
     "dreambooth": subject(FIRST, lessons.RARE, LOW, "", "dreambooth", {
         "task": {"instance": f"a {lessons.RARE}", **PRIOR, "train_text": True},
         "lora": {"rank": 16, "layers": ["*attn*.to_?", "*attn*.to_out.0", "*conv?"], "text_layers": ["*self_attn.*_proj"]},
-        "job": {"steps": 400, "lr": 5e-4, "lr_end": 5e-5, "batch": 4, "warmup": 20, "ema": 0.98}}),
+        "job": {"steps": 2000, "lr": 1e-3, "lr_end": 5e-5, "batch": 4, "warmup": 20, "ema": 0.98}}),
     "textual_inversion_known": subject(lessons.KNOWN, NEW, "", WORD, "textual_inversion", FOUND),
     "textual_inversion": subject(FIRST, NEW, "", WORD, "textual_inversion", FOUND),
     "custom_diffusion": subject(FIRST, NEW, KEYS, WORD, "custom_diffusion", {
         "task": {"word": NEW, "begin": "duck", "instance": f"a {NEW}", **PRIOR},
-        "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
+        "job": {"steps": 2000, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "custom_diffusion_two": Lesson("custom_diffusion", lessons.in_places(SECOND, TOY), both, {
         "task": {"word": TOY, "begin": "bread", "instance": f"a {TOY}", **PRIOR},
-        "job": {"steps": 800, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
+        "job": {"steps": 2000, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "custom_diffusion_together": Lesson("custom_diffusion", lessons.two_in_places, together, {
         "task": {"word": [NEW, TOY], "begin": ["duck", "bread"], **PRIOR},
-        "job": {"steps": 2000, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
+        "job": {"steps": 3000, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {
         "task": {"hint": "edges"},
         "job": {"steps": 600, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),

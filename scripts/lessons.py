@@ -59,10 +59,10 @@ def subject(name: str, word: str) -> Callable[[Path], None]:
 
 
 def in_places(name: str, word: str) -> Callable[[Path], None]:
-    """Four renders of an object: large, smaller at the edge, and small beside two objects that the model knows."""
+    """Four renders of an object: large, small near the edge, and small beside two objects that the model knows."""
     scenes = (
         alone(name, SEEN[0]),
-        Scene("one", SEEN[1], (Placed(name, 32, 2, 26),)),
+        Scene("one", SEEN[1], (Placed(name, 24, 2, 34),)),
         Scene("two", SEEN[2], (Placed(name, 24, 2, 18), Placed("duck", 24, 34, 18)), "left of"),
         Scene("two", SEEN[3], (Placed(name, 20, 26, 34), Placed("cat", 24, 18, 2)), "below"),
     )
