@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_pipe import Pipeline, UsageError, load
+from ldm_pipe import ModelError, Pipeline, UsageError, load
 from ldm_pipe.cond import Cond
 from ldm_pipe.doors.image_prompt import ImagePrompt
 from ldm_pipe.parts import vision
@@ -151,26 +151,30 @@ def test_vectors_are_whitened_by_the_pictures_of_the_training(
     vectors = load(make().source).vectors
     torch.testing.assert_close(vectors.mean, seen.mean(0, keepdim=True), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vectors.std, seen.std(0, keepdim=True), rtol=1e-4, atol=1e-5)
-    for name, few in (("one", seen[:1]), ("same", seen[:1].expand(3, -1))):
+    for name, count in (("one", 1), ("same", 3)):
         (tmp_path / name).mkdir()
-        widen(saved("sd"), tmp_path / name, eye, 28, few)
+        widen(saved("sd"), tmp_path / name, eye, [Image.open(photos / "0.png")] * count)
         assert torch.equal(load(tmp_path / name).vectors.std, torch.ones(1, WIDTH))
 
 
 def test_the_built_in_model_takes_it(make: Any, tmp_path: Path, photos: Path, job: Any) -> None:
-    export = run(make(model="builtin", data={"side": 64}), job(tmp_path / "a", steps=2))
+    export = run(make(model="builtin", encoder="builtin", data={"side": 64}), job(tmp_path / "a", steps=2))
+    assert load(export).vectors.tower.mean == (0.5,) * 3
     assert not torch.equal(drawn(export, photos / "0.png"), drawn(export, photos / "1.png"))
 
 
-def test_what_does_not_go_is_said_in_a_line(make: Any, saved: Any) -> None:
+def test_what_does_not_go_is_said_in_a_line(make: Any, saved: Any, tmp_path: Path) -> None:
     for fields, words in (({"blind": 2.0}, "0 to 1"), ({"data": {"cache": ""}}, "kept there")):
         with pytest.raises(UsageError, match=words):
             make(**fields)
     with pytest.raises(UsageError, match="takes a U-Net with one CLIP and no classes, not Stable Diffusion XL"):
         _ = make(model=str(saved("sdxl"))).source
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        _ = make(encoder=str(tmp_path)).source
     task = make()
     for encoder in ("", "/no/such"):
-        with pytest.raises(UsageError, match="takes the folder of a CLIPVisionModelWithProjection"):
+        with pytest.raises(UsageError, match="takes the folder of a CLIP, or of its image half"):
             _ = Unclip(task.data, task.model, encoder=encoder).source
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm_pipe.analysis.extractor import pixel_statistics
 from ldm_pipe.errors import UsageError
+from train.eyes import image_half
 
 
 class Alignment(nn.Module):
@@ -72,10 +73,8 @@ class Teacher(nn.Module):
     """A frozen CLIP image tower and the head that is aligned with it. folder: in transformers' layout."""
 
     def __init__(self, folder: str, site: str, width: int, weight: float) -> None:
-        from transformers import CLIPVisionModel
-
         super().__init__()
-        vision = CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+        vision = image_half(Path(folder), "CLIPVisionModel")
         self.weight, self.side = weight, int(vision.config.image_size)
         self.head = Alignment(site, width, vision.config.hidden_size)
         self.statistics = pixel_statistics(Path(folder))

@@ -8,12 +8,11 @@ visits none.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,7 +26,11 @@ from train import folder as model_folder
 from train.data.cache import key_of
 from train.data.precomputed import digest
 from train.data.source import open_source
+from train.eyes import image_half
 from train.tasks.finetune import Finetune
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LOOKED_AT = 512  # pictures that the mean and the spread of vectors are taken of, at most
 NEW = {
@@ -43,8 +46,8 @@ NOISING = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2",
 class Unclip(Finetune):
     """Fine-tuning of a U-Net that is told each picture's own vector; the export is a model folder for `--image-prompt`.
 
-    encoder: the folder of a CLIPVisionModelWithProjection, where the model has none yet. A model without the input is given it,
-    and kept in the cache; it then draws to the bit what it drew before.
+    encoder: the folder of a CLIP, or of its image half and projection, where the model has none yet ("builtin": that of the
+    built-in world). A model without the input is given it, and kept in the cache; it draws to the bit what it drew before.
     """
 
     encoder: str = ""
@@ -64,19 +67,17 @@ class Unclip(Finetune):
         config = read_json(frame / "unet" / "config.json") if family == "sd" else {}
         if family != "sd" or config.get("class_embed_type"):
             raise UsageError(f"unclip takes a U-Net with one CLIP and no classes, not {FAMILIES[family].title}")
-        eye = Path(self.encoder)
+        eye = loading.BUILTIN / "clip" if self.encoder == "builtin" else Path(self.encoder)
         if not self.encoder or not (eye / "config.json").is_file():
-            raise UsageError(f"encoder is {self.encoder!r:.120}; it takes the folder of a CLIPVisionModelWithProjection")
-        pictures = open_source(self.settings.path, self.settings.columns)
-        rows = pictures.rows[:: -(-len(pictures.rows) // LOOKED_AT) or 1]
-        seen = [pictures.digest(row.name) for row in rows]
+            raise UsageError(f"encoder is {self.encoder!r:.120}; it takes the folder of a CLIP, or of its image half")
+        data = open_source(self.settings.path, self.settings.columns)
+        names = [row.name for row in data.rows[:: -(-len(data.rows) // LOOKED_AT) or 1]]
+        seen = [data.digest(name) for name in names]
         key = key_of(frame=digest(frame, ""), encoder=digest(eye, ""), pictures=seen)
         folder = Path(self.settings.cache) / f"unclip-{key[:16]}"
         if not folder.exists():
             with files.new_folder(folder) as temp:
-                tower = vision(eye)
-                few = [tower.embeds(tower.pixels([pictures.picture(row.name)])) for row in rows]
-                widen(frame, temp, eye, tower.side, torch.cat(few))
+                widen(frame, temp, eye, map(data.picture, names))
         return folder
 
     @cached_property
@@ -85,12 +86,18 @@ class Unclip(Finetune):
         return loading.load(self.source)
 
 
-def widen(frame: Path, folder: Path, eye: Path, side: int, vectors: Tensor) -> None:
-    """Copy a model whose U-Net then takes vectors as those of pictures, [N,D], through a projection that begins as nothing.
+def widen(frame: Path, folder: Path, eye: Path, pictures: Iterable[Image]) -> None:
+    """Copy a model whose U-Net then takes vectors of pictures, through a projection that begins as nothing.
 
-    eye: the folder of the image encoder; side: of the square it sees, in pixels.
+    eye: the folder of a CLIP. pictures: whose vectors say by what all are whitened.
     """
-    width = vectors.shape[1]
+    encoder, given = image_half(eye, "CLIPVisionModelWithProjection"), eye / "preprocessor_config.json"
+    encoder.save_pretrained(folder / "image_encoder")
+    side, width = encoder.config.image_size, encoder.config.projection_dim
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    _write(folder / "feature_extractor" / given.name, {**sizes, **(read_json(given) if given.is_file() else {})})
+    tower = vision(folder / "image_encoder", folder / "feature_extractor")
+    vectors = torch.cat([tower.embeds(tower.pixels([picture])) for picture in pictures])
 
     def projected(config: dict[str, Any], state: dict[str, Tensor]) -> None:
         config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * width}
@@ -103,17 +110,15 @@ def widen(frame: Path, folder: Path, eye: Path, side: int, vectors: Tensor) -> N
         state |= {f"class_embedding.linear_2.{n}": t for n, t in last.items()}
 
     model_folder.rebuilt(frame, folder, "unet", projected)
-    (folder / "image_encoder").mkdir()
-    for file in (*eye.glob("*.safetensors"), *eye.glob("*.safetensors.index.json"), eye / "config.json"):
-        shutil.copy(file, folder / "image_encoder")
-    given = eye / "preprocessor_config.json"
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    _write(folder / "feature_extractor" / given.name, read_json(given) if given.is_file() else sizes)
     normal = {"mean": vectors.mean(0, keepdim=True), "std": _spread(vectors)}
     _write(folder / "image_normalizer" / "config.json", {"embedding_dim": width})
     save_file(normal, folder / "image_normalizer" / WEIGHTS["diffusers"], metadata={"format": "pt"})
     _write(folder / "image_noising_scheduler" / "scheduler_config.json", NOISING)
-    index = {k: v for k, v in read_json(frame / "model_index.json").items() if k not in ("safety_checker", "requires_safety_checker", *NEW)}
+    index = {
+        k: v
+        for k, v in read_json(frame / "model_index.json").items()
+        if k not in ("safety_checker", "requires_safety_checker", *NEW)
+    }
     _write(folder / "model_index.json", {**index, "_class_name": "StableUnCLIPImg2ImgPipeline", **NEW})
     model_folder.write_sums(folder)
 
