@@ -101,6 +101,12 @@ def both(export: Path, plain: Pipeline) -> Rows:
     }
 
 
+def shown(export: Path, plain: Pipeline) -> Rows:
+    """Without a word, before and after it can be shown a picture."""
+    taught = Pipeline.from_pretrained(str(export), "cpu", "fp32")
+    return {"before": partial(marks.of_variation(False), plain), "shown a picture": partial(marks.of_variation(True), taught)}
+
+
 def together(export: Path, plain: Pipeline) -> Rows:
     """Both words, trained at once."""
     words = [str(export / WORD), str(export / "learned_embeds_2.safetensors")]
@@ -149,6 +155,9 @@ LESSONS = {
     "inpainting": Lesson("concat", lessons.layouts(2000), restored("mask(half)", ("repaint", "ddrm"), True), {
         "task": {"kind": "masked"},
         "job": {"steps": 800, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "ema": 0.98}}, 100),
+    "unclip": Lesson("unclip", lessons.layouts(2000), shown, {
+        "task": {"encoder": "builtin"}, "data": {"dropout": 0.5},
+        "job": {"steps": 1000, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "warmup": 20, "ema": 0.98}}),
 }  # fmt: skip
 
 

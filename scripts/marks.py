@@ -23,6 +23,7 @@ from scipy import ndimage
 
 from ldm_pipe import Pipeline
 from ldm_pipe.doors.controls import Controls
+from ldm_pipe.doors.image_prompt import ImagePrompt
 from ldm_pipe.doors.restoration import Inpainting, Restoration
 from ldm_pipe.image import to_pil, to_tensor
 from ldm_pipe.restore.text import parse
@@ -170,6 +171,23 @@ def of_layout(control: str) -> Callable[[Pipeline, int], Result]:
         turns = [k * count // 8 for k in range(8)]  # all kinds of scenes on the sheet
         shown = [pictures[k] for k in turns] + [maps[k] for k in turns if control]
         return Result(shown, {"layout": layout, "objects": names})
+
+    return measure
+
+
+def of_variation(shown: bool) -> Callable[[Pipeline, int], Result]:
+    """Pictures of scenes of one object, drawn again without a word. shown: is the model told of them?"""
+
+    def measure(pipe: Pipeline, count: int) -> Result:
+        wanted = scenes("one", "train", count, 97)
+        given, pictures = [render(s) for s in wanted], list[np.ndarray]()
+        for k, picture in enumerate(given):
+            plan = pipe.plan([""], seed=k)
+            whole = ImagePrompt(0).applied(pipe, plan, Image.fromarray(picture)) if shown else plan
+            pictures.append(np.asarray(next(pipe.run(whole)).images[0]))
+        named, graded_right = sum(map(names_right, pictures, wanted)), graded(pictures, wanted)
+        found = {"its object": share(named, count), "object and colour, by the grader": share(graded_right, count)}
+        return Result([*(given[:8] if shown else []), *pictures[:8]], found)
 
     return measure
 
