@@ -151,10 +151,10 @@ LESSONS = {
         "task": {"hint": "edges"},
         "job": {"steps": 800, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),
     "super_resolution": Lesson("concat", lessons.small(2000), restored("pool(4)", ("dps",), False), {
-        "job": {"steps": 800, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "ema": 0.98}}, 100),
+        "job": {"steps": 1600, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "ema": 0.98}}, 100),
     "inpainting": Lesson("concat", lessons.layouts(2000), restored("mask(half)", ("repaint", "ddrm"), True), {
         "task": {"kind": "masked"},
-        "job": {"steps": 800, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "ema": 0.98}}, 100),
+        "job": {"steps": 1600, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "ema": 0.98}}, 100),
     "unclip": Lesson("unclip", lessons.layouts(2000), shown, {
         "task": {"encoder": "builtin"}, "data": {"dropout": 0.5},
         "job": {"steps": 1000, "lr": 5e-4, "lr_end": 2e-5, "batch": 16, "warmup": 20, "ema": 0.98}}),

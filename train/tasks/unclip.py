@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm_pipe import files, loading
 from ldm_pipe.errors import UsageError
 from ldm_pipe.families import FAMILIES, family_of
-from ldm_pipe.parts import WEIGHTS, read_json, vision
+from ldm_pipe.parts import WEIGHTS, quiet, read_json, vision
 from train import folder as model_folder
 from train.data.cache import key_of
 from train.data.precomputed import digest
@@ -92,7 +92,8 @@ def widen(frame: Path, folder: Path, eye: Path, pictures: Iterable[Image]) -> No
     eye: the folder of a CLIP. pictures: whose vectors say by what all are whitened.
     """
     encoder, given = image_half(eye, "CLIPVisionModelWithProjection"), eye / "preprocessor_config.json"
-    encoder.save_pretrained(folder / "image_encoder")
+    with quiet():
+        encoder.save_pretrained(folder / "image_encoder")
     side, width = encoder.config.image_size, encoder.config.projection_dim
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     _write(folder / "feature_extractor" / given.name, {**sizes, **(read_json(given) if given.is_file() else {})})
