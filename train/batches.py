@@ -51,13 +51,14 @@ def batches(task: Task, job: Job, first: int, rank: int, world: int) -> Iterator
         except StopIteration:
             return
         except (RuntimeError, OSError) as error:  # a worker was killed, or took longer than `patience`
-            fault, made = worker_fault(_cause(error)), iter(())
+            fault = worker_fault(_cause(error))
             break  # to raise outside: a traceback would keep the loader, and torch's handler of signals would raise once more
         if isinstance(batch, _Failure):
             fault = LdmError(batch.words)
             fault.exit_code = batch.exit_code
             break
         yield batch
+    del made
     raise fault
 
 

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_pipe import files
+from ldm_pipe import files, loading
 from ldm_pipe.errors import UsageError
 from ldm_pipe.loading import SUMS
-from ldm_pipe.parts import WEIGHTS
+from ldm_pipe.parts import WEIGHTS, read_json
 
 
 def copy(source: Path, folder: Path, without: Sequence[str]) -> None:
@@ -30,10 +30,11 @@ def copy(source: Path, folder: Path, without: Sequence[str]) -> None:
 
 def rebuilt(source: Path, folder: Path, part: str, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
     """Copy a model with another network: `change` alters its configuration and its weights, by name. Raises UsageError where
-    they are not in one file. The digests are left to be written."""
+    they are not in one file, ModelError where the model does not load. The digests are left to be written."""
     file = Path(part) / WEIGHTS["diffusers"]
     if not (source / file).is_file():
         raise UsageError(f"a model is widened whose weights are in one file, {file.as_posix()}")
+    loading.load(source)  # its digests too, which the copy's own will stand for
     copy(source, folder, [part])
     config = json.loads((source / part / "config.json").read_text(encoding="utf-8"))
     state = load_file(source / file)
@@ -72,3 +73,19 @@ def write_sums(folder: Path) -> None:
     found = sorted(folder.rglob("*.safetensors"))
     lines = [f"{files.sha256(f)}  {f.relative_to(folder).as_posix()}\n" for f in found]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def shape_of(source: Path) -> tuple[int, int]:
+    """(side in pixels that a model is made for, what a side must be a multiple of), from its configuration alone."""
+    vae, network = (read_json(source / part / "config.json") for part in ("vae", network_part(source)))
+    factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    unit = 2 ** (len(network["block_out_channels"]) - 1) if "block_out_channels" in network else network.get("patch_size", 2)
+    defaults = read_json(source / "ldm_pipe.json") if (source / "ldm_pipe.json").exists() else {}
+    size = network.get("sample_size", 64)
+    own = int(size if isinstance(size, int) else min(size)) * factor
+    return min(defaults.get("size", [own])), factor * unit
+
+
+def network_part(source: Path) -> str:
+    """The folder of a model's network."""
+    return "unet" if (source / "unet").is_dir() else "transformer"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from train.tasks.finetune import Finetune
 @dataclass(frozen=True)
 class Prior(Finetune):
     """The drawn pictures as a data set, each with the prompt that it was drawn from."""
+
+    shows: ClassVar[bool] = False
 
     def said(self, seed: int, seen: Seen) -> str:
         """The prompt: never dropped, never shuffled."""

@@ -21,8 +21,9 @@ from ldm_pipe.loading import BUILTIN, load
 from train import gradient_checkpointing
 from train.__main__ import main
 from train.data.dataset import Data
+from train.folder import shape_of
 from train.loop import run
-from train.tasks.finetune import Finetune, shape_of
+from train.tasks.finetune import Finetune
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -178,6 +179,13 @@ def test_repa_aligns_a_site_with_a_frozen_encoder_and_leaves_no_trace(make: Any,
         make(repa={"encoder": clip, "site": "unet.middle"}).net()
     with pytest.raises(UsageError, match="is not a folder"):
         make(repa={"encoder": "nowhere", "site": site}).net()
+
+
+def test_cuts_that_are_cached_do_not_hang_on_the_seed(make: Any) -> None:
+    for seed in (0, 1):
+        task = make(data={"flip": True, "variants": 3, "buckets": False}).grouped(2)
+        task.net()
+        assert task.batch(seed, range(12))["x0"].shape[0] == 12
 
 
 def test_a_mask_hides_its_part(make: Any, photos: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from ldm_pipe import ModelError, Pipeline, UsageError, load
 from ldm_pipe.cond import Cond
 from ldm_pipe.doors.image_prompt import ImagePrompt
 from ldm_pipe.parts import vision
+from train import validation
 from train.__main__ import main
 from train.data.order import stream
 from train.loop import run
+from train.tasks.controlnet import ControlNet
 from train.tasks.dreambooth import Dreambooth
 from train.tasks.finetune import Finetune
 from train.tasks.unclip import Unclip, widen
@@ -157,6 +159,26 @@ def test_vectors_are_whitened_by_the_pictures_of_the_training(
         assert torch.equal(load(tmp_path / name).vectors.std, torch.ones(1, WIDTH))
 
 
+def test_what_the_old_model_said_of_pictures_is_gone(make: Any, saved: Any, tmp_path: Path) -> None:
+    """Stable Diffusion's folders have a preprocessor of their own, for the checker; guidance stays what it was."""
+    frame = shutil.copytree(saved("sd"), tmp_path / "frame")
+    for part in ("feature_extractor", "safety_checker"):
+        (frame / part).mkdir()
+        (frame / part / "preprocessor_config.json").write_text('{"image_mean": [9, 9, 9]}')
+    made = make(model=str(frame)).source
+    assert load(made).vectors.tower.mean == (0.5, 0.4, 0.3)
+    assert not (made / "safety_checker").exists()
+    assert Pipeline.from_pretrained(str(made), "cpu").bundle.defaults.guidance_scale == 7.5
+
+
+def test_held_out_pictures_are_told_too(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+    monkeypatch.setattr(validation, "banded_loss", lambda model, latents, conds: heard.extend(conds) or {})
+    task = make(held_out=2)
+    task.validate(task.net(), tmp_path)
+    assert [float(c.extras["picture"].abs().max()) > 0 for c in heard] == [True, True]
+
+
 def test_the_built_in_model_takes_it(make: Any, tmp_path: Path, photos: Path, job: Any) -> None:
     export = run(make(model="builtin", encoder="builtin", data={"side": 64}), job(tmp_path / "a", steps=2))
     assert load(export).vectors.tower.mean == (0.5,) * 3
@@ -164,13 +186,23 @@ def test_the_built_in_model_takes_it(make: Any, tmp_path: Path, photos: Path, jo
 
 
 def test_what_does_not_go_is_said_in_a_line(make: Any, saved: Any, tmp_path: Path) -> None:
-    for fields, words in (({"blind": 2.0}, "0 to 1"), ({"data": {"cache": ""}}, "kept there")):
-        with pytest.raises(UsageError, match=words):
-            make(**fields)
+    with pytest.raises(UsageError, match="0 to 1"):
+        make(blind=2.0)
+    with pytest.raises(UsageError, match="kept there"):
+        _ = make(data={"cache": ""}).source
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match="holds no pictures"):
+        _ = make(data={"path": str(tmp_path / "none")}).source
+    with pytest.raises(UsageError, match="takes no controlnet"):
+        make(ControlNet, str(saved("unclip")), hint="edges").net()
+    broken = shutil.copytree(saved("sd"), tmp_path / "broken")
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="vae"):
+        _ = make(model=str(broken)).source
     with pytest.raises(UsageError, match="takes a U-Net with one CLIP and no classes, not Stable Diffusion XL"):
         _ = make(model=str(saved("sdxl"))).source
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="only safetensors is read"):
         _ = make(encoder=str(tmp_path)).source
     task = make()
     for encoder in ("", "/no/such"):

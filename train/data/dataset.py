@@ -140,10 +140,10 @@ class Dataset:
         return Seen(visit.row, visit.visit, self.cut(seed, visit), words)
 
     def cut(self, seed: int, visit: Visit) -> Geometry:
-        """The geometry of a visit; where latents are cached, one of the first `variants`."""
-        variant = visit.visit % self.data.variants if self.data.cache else visit.visit
-        original = self.originals[visit.row]
-        rng = stream(seed, "geometry", visit.row, variant)
+        """The geometry of a visit; where latents are cached, one of the first `variants`, the same whatever the seed."""
+        cached, original = bool(self.data.cache), self.originals[visit.row]
+        variant = visit.visit % self.data.variants if cached else visit.visit
+        rng = stream(0 if cached else seed, "geometry", visit.row, variant)
         size = geometry.nearest(original, self.sizes)
         return geometry.draw(original, size, rng, self.data.crop == "random", self.data.flip)
 

@@ -80,10 +80,8 @@ class Precomputed:
 
     def fill_latents(self, dataset: Dataset) -> int:
         """Make the latents that are missing, of all variants of all pictures. Returns how many."""
-        rows = range(len(dataset))
-        seen = [Seen(i, v, dataset.cut(0, Visit(i, v, 0)), "") for i in rows for v in range(dataset.data.variants)]
         by_size: dict[tuple[int, int], dict[str, Seen]] = {}
-        for s in seen:
+        for s in _variants(dataset):
             by_size.setdefault(s.geometry.size, {})[self._latent_key(dataset, s)] = s
 
         def make(wanted: Sequence[Seen]) -> dict[str, Tensor]:
@@ -105,13 +103,11 @@ class Precomputed:
 
     def fill_vectors(self, dataset: Dataset) -> int:
         """Make what a model that is told of pictures sees in them, where it is missing. Returns how many."""
-        rows = range(len(dataset))
-        seen = [Seen(i, v, dataset.cut(0, Visit(i, v, 0)), "") for i in rows for v in range(dataset.data.variants)]
 
         def make(wanted: Sequence[Seen]) -> dict[str, Tensor]:
             return {"value": self.bundle.vectors.seen([dataset.picture(s) for s in wanted])}
 
-        return self._vectors.fill({self._vector_key(dataset, s): s for s in seen}, make)
+        return self._vectors.fill({self._vector_key(dataset, s): s for s in _variants(dataset)}, make)
 
     def vector(self, dataset: Dataset, seen: Seen) -> Tensor:
         """What the model sees in the picture of a visit, [D]. Raises UsageError where it is gone from the cache."""
@@ -153,3 +149,9 @@ class Precomputed:
             raise UsageError(f"cached text features are gone from {str(self._texts.folder)!r}; {AGAIN}")
         whole = [r for r in rows if r is not None]
         return {n: torch.stack([r[n] for r in whole]) for n in whole[0]}
+
+
+def _variants(dataset: Dataset) -> list[Seen]:
+    """Every cut of every picture that visits can show."""
+    rows = range(len(dataset))
+    return [Seen(i, v, dataset.cut(0, Visit(i, v, 0)), "") for i in rows for v in range(dataset.data.variants)]

@@ -16,21 +16,16 @@ from torch import Tensor, nn
 from ldm_pipe import files
 from ldm_pipe.analysis.extractor import pixel_statistics
 from ldm_pipe.errors import UsageError
-from ldm_pipe.parts import read_json
+from train.eyes import image_half
 
 
 class Perceptual(nn.Module):
     """Sum over layers of the mean over places of |a / |a| - b / |b||^2, a and b the features of two pictures."""
 
     def __init__(self, folder: str | Path) -> None:
-        from transformers import CLIPModel, CLIPVisionModel
-
         super().__init__()
-        both = "vision_config" in read_json(Path(folder) / "config.json")
-        kind: Any = CLIPModel if both else CLIPVisionModel
-        found = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        tower = found.vision_model if both else found
-        self.frozen: dict[str, Any] = {"tower": tower.eval().requires_grad_(False)}  # in a mapping: no module of this one
+        tower = image_half(Path(folder), "CLIPVisionModel")
+        self.frozen: dict[str, Any] = {"tower": tower}  # in a mapping: no module of this one
         self.statistics = pixel_statistics(Path(folder))
         self.patch = int(tower.config.patch_size)
 

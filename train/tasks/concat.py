@@ -38,6 +38,7 @@ class Concat(Finetune):
     """
 
     beside: ClassVar[bool] = True
+    shows: ClassVar[bool] = False
 
     kind: Literal["picture", "masked"] = "picture"
     blind: float = 0.05
@@ -52,7 +53,7 @@ class Concat(Finetune):
     @cached_property
     def source(self) -> Path:
         """The model's folder, or one with the further channels, made where it is not there yet."""
-        frame = loading.BUILTIN if self.model == "builtin" else Path(self.model)
+        frame = self.frame
         if not (frame / "unet").is_dir():
             raise UsageError("concat takes a model with a U-Net")
         latent = int(read_json(frame / "vae" / "config.json").get("latent_channels", 4))

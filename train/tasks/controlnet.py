@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class ControlNet(Adapting):
     export is a folder of diffusers, for `generate --control`.
     """
 
+    shows: ClassVar[bool] = False
+
     kind: Literal["controlnet", "t2i_adapter"] = "controlnet"
     hint: Literal["given", "edges"] = "given"
 
@@ -72,6 +74,8 @@ class ControlNet(Adapting):
         """The network."""
         if not (self.source / "unet").is_dir():
             raise UsageError(f"{self.kind} takes a model with a U-Net")
+        if self.kind == "controlnet" and self.bundle.vectors is not None:
+            raise UsageError('a model that is told pictures (unCLIP) takes no controlnet; kind = "t2i_adapter" steers it')
         unet, factor = foreign(self.source / "unet", "diffusers", "UNet2DConditionModel"), self.bundle.codec.factor
         made = _controlnet(unet, factor) if self.kind == "controlnet" else _adapter(unet, factor)
         return {"control": made.requires_grad_(True).train(False)}

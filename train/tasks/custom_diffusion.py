@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm_pipe import embedding, loading, lora
 from ldm_pipe.errors import UsageError
 from ldm_pipe.lora_names import NETWORK
+from train.data.dataset import Seen
 from train.data.source import Fault, Row
 from train.job import Job
 from train.tasks import textual_inversion
@@ -81,6 +82,10 @@ class CustomDiffusion(Dreambooth):
         for word, begin in zip(self.words, self._begins, strict=True):
             found = embedding.taught(found, word, [textual_inversion.begun(plain, begin)], "task.word")[0]
         return found
+
+    def said(self, seed: int, seen: Seen) -> str:
+        """Of one word, the instance where a picture has no caption; of several, the caption, dropped or not."""
+        return super().said(seed, seen) if len(self.words) == 1 else seen.caption
 
     def check(self, job: Job) -> list[Fault]:
         """Also pictures that tell of none of several words."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,7 +31,8 @@ class Dreambooth(Lora):
     much they count. full: every weight of the network learns instead of branches, and the export is a whole model.
     """
 
-    blind: float = 1.0  # a word has nothing to tell of a picture that is shown
+    shows: ClassVar[bool] = False  # a word has nothing to tell of a picture that is shown
+
     instance: str = "a photo of a sks dog"
     prior: str | tuple[str, ...] = "a photo of a dog"
     prior_images: int = 200
@@ -65,7 +66,7 @@ class Dreambooth(Lora):
         weights, cache = digest(self.source, ""), Path(self.settings.cache)
         folder = drawn(self.bundle, weights, self._prompts, self.prior_images, cache)
         data = {**self.data, "path": str(folder), "allow_missing": True}
-        task = Prior(data, self.model, self.objective, train_text=self.train_text, blind=self.blind, group=self.group)
+        task = Prior(data, self.model, self.objective, train_text=self.train_text, group=self.group)
         vars(task)["bundle"] = self.bundle
         return task
 

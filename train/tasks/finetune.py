@@ -44,6 +44,7 @@ class Finetune(Task):
 
     TABLES: ClassVar[Mapping[str, type]] = {"data": Data, "repa": Repa}
     beside: ClassVar[bool] = False  # does `batch` bring further channels behind x?
+    shows: ClassVar[bool] = True  # is a model that knows pictures (unCLIP) told of each?
 
     data: dict[str, Any]
     model: str = "builtin"
@@ -70,10 +71,15 @@ class Finetune(Task):
         """The same task for steps of `size` samples, which are then of one shape."""
         return dataclasses.replace(self, group=size)
 
+    @property
+    def frame(self) -> Path:
+        """The folder that the recipe names."""
+        return loading.BUILTIN if self.model == "builtin" else Path(self.model)
+
     @cached_property
     def source(self) -> Path:
-        """The model's folder."""
-        return loading.BUILTIN if self.model == "builtin" else Path(self.model)
+        """The folder that training begins with."""
+        return self.frame
 
     @cached_property
     def bundle(self) -> Any:
@@ -92,7 +98,7 @@ class Finetune(Task):
 
     @cached_property
     def _split(self) -> tuple[Dataset, Dataset | None]:
-        side, step = shape_of(self.source)
+        side, step = model_folder.shape_of(self.source)
         whole = Dataset.open(self.settings, side, step, self.group)
         if not self.held_out:
             return whole, None
@@ -182,7 +188,7 @@ class Finetune(Task):
     @property
     def _told(self) -> bool:
         """Is the network told of the picture itself?"""
-        return self.bundle.vectors is not None and self.blind < 1
+        return self.shows and self.bundle.vectors is not None and self.blind < 1
 
     # --- what comes out
 
@@ -195,6 +201,11 @@ class Finetune(Task):
             device = next(net.parameters()).device
             latents = [self.precomputed.encoded(held, s).to(device) for s in seen]
             conds = [self.bundle.text([s.caption]).to(device) for s in seen]
+            if self._told:
+                told = [self.precomputed.told(held, 0, s, 0.0).to(device) for s in seen]
+                conds = [
+                    dataclasses.replace(c, extras={**c.extras, "picture": t[None]}) for c, t in zip(conds, told, strict=True)
+                ]
             found = validation.banded_loss(self.bundle.model, latents, conds)
         if self.prompts:
             validation.draw(self.bundle, self.prompts, folder)
@@ -202,7 +213,7 @@ class Finetune(Task):
 
     def export(self, net: Any, folder: Path) -> None:
         """The whole model, with what was trained in it."""
-        network = _network_part(self.source)
+        network = model_folder.network_part(self.source)
         texts = text_encoders.clips(self.bundle) if self.train_text else {}
         model_folder.copy(self.source, folder, [network] * self.train_network + [*texts])
         if self.train_network:
@@ -215,29 +226,14 @@ class Finetune(Task):
 
     def check(self, job: Job) -> list[Fault]:
         """Faults of the data, by the sizes and the tokenizer of the model; no weight is read."""
-        side, step = shape_of(self.source)
-        sizes, encoder = self.settings.sizes(side, step), self.source / "text_encoder" / "config.json"
+        side, step = model_folder.shape_of(self.frame)
+        sizes, encoder = self.settings.sizes(side, step), self.frame / "text_encoder" / "config.json"
         if not encoder.exists():  # a model of classes
             return check_data(self.settings, sizes, job.batch)
         config = read_json(encoder)
-        tokenizer = tokens.read(self.source / "tokenizer", int(config["vocab_size"]))
+        tokenizer = tokens.read(self.frame / "tokenizer", int(config["vocab_size"]))
         length = tokenizer.length if tokenizer else None
         return check_data(self.settings, sizes, job.batch, length, int(config.get("max_position_embeddings", 77)))
-
-
-def shape_of(source: Path) -> tuple[int, int]:
-    """(side in pixels that a model is made for, what a side must be a multiple of), from its configuration alone."""
-    vae, network = (read_json(source / part / "config.json") for part in ("vae", _network_part(source)))
-    factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-    unit = 2 ** (len(network["block_out_channels"]) - 1) if "block_out_channels" in network else network.get("patch_size", 2)
-    defaults = read_json(source / "ldm_pipe.json") if (source / "ldm_pipe.json").exists() else {}
-    size = network.get("sample_size", 64)
-    own = int(size if isinstance(size, int) else min(size)) * factor
-    return min(defaults.get("size", [own])), factor * unit
-
-
-def _network_part(source: Path) -> str:
-    return "unet" if (source / "unet").is_dir() else "transformer"
 
 
 def _small(mask: Any, shape: tuple[int, ...]) -> Tensor:

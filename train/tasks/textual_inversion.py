@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -37,9 +37,10 @@ class TextualInversion(Adapting):
     they begin with. templates: the captions, {} is the word; pictures that have a caption of their own with the word keep it.
     """
 
+    shows: ClassVar[bool] = False  # a word has nothing to tell of a picture that is shown
+
     train_network: bool = False
     train_text: bool = True
-    blind: float = 1.0  # a word has nothing to tell of a picture that is shown
     word: str = "<new>"
     vectors: int = 1
     begin: str = "object"

@@ -8,6 +8,7 @@ visits none.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,10 +23,11 @@ from ldm_pipe import files, loading
 from ldm_pipe.errors import UsageError
 from ldm_pipe.families import FAMILIES, family_of
 from ldm_pipe.parts import WEIGHTS, quiet, read_json, vision
+from ldm_pipe.vision import MEAN, STD
 from train import folder as model_folder
 from train.data.cache import key_of
+from train.data.dataset import Dataset
 from train.data.precomputed import digest
-from train.data.source import open_source
 from train.eyes import image_half
 from train.tasks.finetune import Finetune
 
@@ -47,37 +49,34 @@ class Unclip(Finetune):
     """Fine-tuning of a U-Net that is told each picture's own vector; the export is a model folder for `--image-prompt`.
 
     encoder: the folder of a CLIP, or of its image half and projection, where the model has none yet ("builtin": that of the
-    built-in world). A model without the input is given it, and kept in the cache; it draws to the bit what it drew before.
+    built-in world). A model without the input is given it, and kept in the cache; up to rounding it draws what it drew.
     """
 
     encoder: str = ""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.settings.cache:
-            raise UsageError("data.cache is empty; the widened model is kept there")
-
     @cached_property
     def source(self) -> Path:
         """The model's folder, or one with the input and the image encoder, made where it is not there yet."""
-        frame = loading.BUILTIN if self.model == "builtin" else Path(self.model)
+        frame = self.frame
         family = family_of(read_json(frame / "model_index.json"), "model_index.json")
         if family == "unclip":
             return frame
         config = read_json(frame / "unet" / "config.json") if family == "sd" else {}
-        if family != "sd" or config.get("class_embed_type"):
-            raise UsageError(f"unclip takes a U-Net with one CLIP and no classes, not {FAMILIES[family].title}")
+        if family != "sd" or config.get("class_embed_type") or config.get("num_class_embeds"):
+            given = FAMILIES[family].title + ", with classes" * (family == "sd")
+            raise UsageError(f"unclip takes a U-Net with one CLIP and no classes, not {given}")
         eye = loading.BUILTIN / "clip" if self.encoder == "builtin" else Path(self.encoder)
         if not self.encoder or not (eye / "config.json").is_file():
             raise UsageError(f"encoder is {self.encoder!r:.120}; it takes the folder of a CLIP, or of its image half")
-        data = open_source(self.settings.path, self.settings.columns)
-        names = [row.name for row in data.rows[:: -(-len(data.rows) // LOOKED_AT) or 1]]
-        seen = [data.digest(name) for name in names]
-        key = key_of(frame=digest(frame, ""), encoder=digest(eye, ""), pictures=seen)
+        if not self.settings.cache:
+            raise UsageError("data.cache is empty; the widened model is kept there")
+        data = Dataset.open(self.settings, *model_folder.shape_of(frame), self.group)
+        rows = range(0, len(data), -(-len(data) // LOOKED_AT))
+        key = key_of(frame=digest(frame, ""), encoder=digest(eye, ""), pictures=[data.digests[i] for i in rows])
         folder = Path(self.settings.cache) / f"unclip-{key[:16]}"
         if not folder.exists():
             with files.new_folder(folder) as temp:
-                widen(frame, temp, eye, map(data.picture, names))
+                widen(frame, temp, eye, (data.source.picture(data.rows[i].name) for i in rows))
         return folder
 
     @cached_property
@@ -91,19 +90,13 @@ def widen(frame: Path, folder: Path, eye: Path, pictures: Iterable[Image]) -> No
 
     eye: the folder of a CLIP. pictures: whose vectors say by what all are whitened.
     """
-    encoder, given = image_half(eye, "CLIPVisionModelWithProjection"), eye / "preprocessor_config.json"
-    with quiet():
-        encoder.save_pretrained(folder / "image_encoder")
+    encoder, said = image_half(eye, "CLIPVisionModelWithProjection"), eye / "preprocessor_config.json"
     side, width = encoder.config.image_size, encoder.config.projection_dim
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    _write(folder / "feature_extractor" / given.name, {**sizes, **(read_json(given) if given.is_file() else {})})
-    tower = vision(folder / "image_encoder", folder / "feature_extractor")
-    vectors = torch.cat([tower.embeds(tower.pixels([picture])) for picture in pictures])
 
     def projected(config: dict[str, Any], state: dict[str, Tensor]) -> None:
         config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * width}
         out = len(state["time_embedding.linear_2.bias"])
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             first = nn.Linear(2 * width, out)
         last = {"weight": torch.zeros(out, out), "bias": torch.zeros(out)}
@@ -111,6 +104,20 @@ def widen(frame: Path, folder: Path, eye: Path, pictures: Iterable[Image]) -> No
         state |= {f"class_embedding.linear_2.{n}": t for n, t in last.items()}
 
     model_folder.rebuilt(frame, folder, "unet", projected)
+    for part in ("safety_checker", *NEW):  # of the old model
+        shutil.rmtree(folder / part, ignore_errors=True)
+    with quiet():
+        encoder.save_pretrained(folder / "image_encoder")
+    mean, std = ((0.5,) * 3,) * 2 if eye == loading.BUILTIN / "clip" else (MEAN, STD)
+    usual = {
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "image_mean": mean,
+        "image_std": std,
+    }
+    _write(folder / "feature_extractor" / said.name, {**usual, **(read_json(said) if said.is_file() else {})})
+    tower = vision(folder / "image_encoder", folder / "feature_extractor")
+    vectors = torch.cat([tower.embeds(tower.pixels([picture])) for picture in pictures])
     normal = {"mean": vectors.mean(0, keepdim=True), "std": _spread(vectors)}
     _write(folder / "image_normalizer" / "config.json", {"embedding_dim": width})
     save_file(normal, folder / "image_normalizer" / WEIGHTS["diffusers"], metadata={"format": "pt"})
@@ -120,6 +127,8 @@ def widen(frame: Path, folder: Path, eye: Path, pictures: Iterable[Image]) -> No
         for k, v in read_json(frame / "model_index.json").items()
         if k not in ("safety_checker", "requires_safety_checker", *NEW)
     }
+    if not (folder / "ldm_pipe.json").exists():
+        _write(folder / "ldm_pipe.json", {"guidance_scale": FAMILIES["sd"].defaults.guidance_scale})  # as it was run with
     _write(folder / "model_index.json", {**index, "_class_name": "StableUnCLIPImg2ImgPipeline", **NEW})
     model_folder.write_sums(folder)
 
