@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ WORDS = ("<new>", "<toy>")  # of the first and the second subject
 NAMES = objects("heldout")[:2]  # what they are
 SEEN = ("red", "blue", "white", "green")  # the colours that their renders are on
 KNOWN = "owl"  # an object of the training scenes, to be found again under a new word
-RARE = "zkr"  # what DreamBooth calls the first: no word of the captions, so the tokenizer spells it
+RARE = ("zkr", "vqx")  # what DreamBooth calls them: no words of the captions, so the tokenizer spells them
 STANDS_OUT = 40  # of a colour to the ground's, in 256 levels
 
 
@@ -59,7 +59,7 @@ def subject(name: str, word: str) -> Callable[[Path], None]:
 
 
 def in_places(name: str, word: str) -> Callable[[Path], None]:
-    """Four renders of an object: large, small near the edge, and small beside two objects that the model knows."""
+    """Four renders of an object: large, small near the edge, and twice small beside an object that the model knows."""
     scenes = (
         alone(name, SEEN[0]),
         Scene("one", SEEN[1], (Placed(name, 24, 2, 34),)),
@@ -74,11 +74,15 @@ def in_places(name: str, word: str) -> Callable[[Path], None]:
     return four
 
 
-def two_in_places(folder: Path) -> None:
+def two_in_places(words: Sequence[str]) -> Callable[[Path], None]:
     """The four of each subject."""
-    for name, word in zip(NAMES, WORDS, strict=True):
-        (folder / word.strip("<>")).mkdir()
-        in_places(name, word)(folder / word.strip("<>"))
+
+    def eight(folder: Path) -> None:
+        for name, word in zip(NAMES, words, strict=True):
+            (folder / name).mkdir()
+            in_places(name, word)(folder / name)
+
+    return eight
 
 
 def told_in_places(word: str) -> list[str]:

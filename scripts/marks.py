@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lessons import NAMES, WORDS, alone, outlined, standing_out
+from lessons import NAMES, alone, outlined, standing_out
 from measuring import graded, scenes, share
 from PIL import Image
 from restoration_rows import psnr
@@ -140,18 +140,21 @@ def _both(picture: np.ndarray, names: Sequence[str]) -> bool:
     return {f.name for f in nearest(picture, 2).found} == set(names)
 
 
-def of_pair(pipe: Pipeline, count: int) -> Result:
-    """Both subjects in one picture, each alone, and old objects."""
-    colours = list(COLOURS)
-    scene = scenes("two", "train", count, 94)
-    pictures = drawn(pipe, [f"a {WORDS[0]} {s.relation} a {WORDS[1]} on a {s.colour} background" for s in scene])
-    found, shown = {"both in one picture": share(sum(_both(p, NAMES) for p in pictures), count)}, pictures[:4]
-    for name, word in zip(NAMES, WORDS, strict=True):
-        lone = [alone(name, colours[k % len(colours)]) for k in range(count)]
-        single = drawn(pipe, [f"a {word} on a {s.colour} background" for s in lone])
-        found[f"{word} alone"] = share(sum(map(names_right, single, lone)), count)
-        shown += single[:2]
-    return Result(shown, found | {"old objects": old_objects(pipe, count)})
+def of_pair(words: Sequence[str]) -> Callable[[Pipeline, int], Result]:
+    """Both subjects in one picture, each alone, and old objects. words: what they are called."""
+
+    def measure(pipe: Pipeline, count: int) -> Result:
+        colours, scene = list(COLOURS), scenes("two", "train", count, 94)
+        pictures = drawn(pipe, [f"a {words[0]} {s.relation} a {words[1]} on a {s.colour} background" for s in scene])
+        found, shown = {"both in one picture": share(sum(_both(p, NAMES) for p in pictures), count)}, pictures[:4]
+        for name, word in zip(NAMES, words, strict=True):
+            lone = [alone(name, colours[k % len(colours)]) for k in range(count)]
+            single = drawn(pipe, [f"a {word} on a {s.colour} background" for s in lone])
+            found[f"{word} alone"] = share(sum(map(names_right, single, lone)), count)
+            shown += single[:2]
+        return Result(shown, found | {"old objects": old_objects(pipe, count)})
+
+    return measure
 
 
 def of_layout(control: str) -> Callable[[Pipeline, int], Result]:
