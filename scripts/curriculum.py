@@ -101,7 +101,7 @@ def together(export: Path, plain: Pipeline) -> Rows:
 
 def subject(name: str, word: str, lora: str, learned: str, recipe: str, tables: dict[str, dict[str, Any]]) -> Lesson:
     """A lesson of one object under a word: alone where only the word learns, else in several places."""
-    data = (lessons.in_places if lora else lessons.subject)(name, word)
+    data = lessons.in_places(name, word, 32 if learned else 24) if lora else lessons.subject(name, word)
     return Lesson(recipe, data, before_after(marks.of_subject(name, word), lora, learned), tables)
 
 
@@ -135,7 +135,7 @@ LESSONS = {
         "job": {"steps": 3000, "lr": 2e-3, "lr_end": 1e-4, "batch": 4, "ema": 0.97}}),
     "controlnet": Lesson("controlnet", lessons.layouts(2000), steered, {
         "task": {"hint": "edges"},
-        "job": {"steps": 600, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),
+        "job": {"steps": 600, "lr": 2e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),
     "t2i_adapter": Lesson("t2i_adapter", lessons.layouts(2000), steered, {
         "task": {"hint": "edges"},
         "job": {"steps": 800, "lr": 1e-3, "lr_end": 1e-4, "batch": 16, "warmup": 20, "ema": 0.98}}, 120),

@@ -58,11 +58,12 @@ def subject(name: str, word: str) -> Callable[[Path], None]:
     return four
 
 
-def in_places(name: str, word: str) -> Callable[[Path], None]:
-    """Four renders of an object: large, small near the edge, and twice small beside an object that the model knows."""
+def in_places(name: str, word: str, second: int = 24) -> Callable[[Path], None]:
+    """Four renders of an object: large, of `second` pixels near the edge, and twice small beside an object that the model
+    knows."""
     scenes = (
         alone(name, SEEN[0]),
-        Scene("one", SEEN[1], (Placed(name, 24, 2, 34),)),
+        Scene("one", SEEN[1], (Placed(name, second, 2, 58 - second),)),
         Scene("two", SEEN[2], (Placed(name, 24, 2, 18), Placed("duck", 24, 34, 18)), "left of"),
         Scene("two", SEEN[3], (Placed(name, 20, 26, 34), Placed("cat", 24, 18, 2)), "below"),
     )
