@@ -21,6 +21,7 @@ from ldm_pipe.parts import vision
 from train import validation
 from train.__main__ import main
 from train.data.order import stream
+from train.job import Job
 from train.loop import run
 from train.tasks.controlnet import ControlNet
 from train.tasks.dreambooth import Dreambooth
@@ -208,6 +209,8 @@ def test_what_does_not_go_is_said_in_a_line(make: Any, saved: Any, tmp_path: Pat
     for encoder in ("", "/no/such"):
         with pytest.raises(UsageError, match="takes the folder of a CLIP, or of its image half"):
             _ = Unclip(task.data, task.model, encoder=encoder).source
+        faults = Unclip(task.data, task.model, encoder=encoder).check(Job(str(tmp_path), 1, batch=1))
+        assert [f.where for f in faults if f.fatal] == ["[task]"]
 
 
 def test_the_recipe_runs_from_the_command_line(photos: Path, saved: Any, eye: Path, tmp_path: Path, capsys: Any) -> None:

@@ -28,7 +28,9 @@ from train import folder as model_folder
 from train.data.cache import key_of
 from train.data.dataset import Dataset
 from train.data.precomputed import digest
+from train.data.source import Fault
 from train.eyes import image_half
+from train.job import Job
 from train.tasks.finetune import Finetune
 
 if TYPE_CHECKING:
@@ -57,19 +59,9 @@ class Unclip(Finetune):
     @cached_property
     def source(self) -> Path:
         """The model's folder, or one with the input and the image encoder, made where it is not there yet."""
-        frame = self.frame
-        family = family_of(read_json(frame / "model_index.json"), "model_index.json")
-        if family == "unclip":
+        frame, eye = self.frame, self._eye()
+        if eye is None:
             return frame
-        config = read_json(frame / "unet" / "config.json") if family == "sd" else {}
-        if family != "sd" or config.get("class_embed_type") or config.get("num_class_embeds"):
-            given = FAMILIES[family].title + ", with classes" * (family == "sd")
-            raise UsageError(f"unclip takes a U-Net with one CLIP and no classes, not {given}")
-        eye = loading.BUILTIN / "clip" if self.encoder == "builtin" else Path(self.encoder)
-        if not self.encoder or not (eye / "config.json").is_file():
-            raise UsageError(f"encoder is {self.encoder!r:.120}; it takes the folder of a CLIP, or of its image half")
-        if not self.settings.cache:
-            raise UsageError("data.cache is empty; the widened model is kept there")
         data = Dataset.open(self.settings, *model_folder.shape_of(frame), self.group)
         rows = range(0, len(data), -(-len(data) // LOOKED_AT))
         key = key_of(frame=digest(frame, ""), encoder=digest(eye, ""), pictures=[data.digests[i] for i in rows])
@@ -78,6 +70,30 @@ class Unclip(Finetune):
             with files.new_folder(folder) as temp:
                 widen(frame, temp, eye, (data.source.picture(data.rows[i].name) for i in rows))
         return folder
+
+    def check(self, job: Job) -> list[Fault]:
+        """Also whether the model and the encoder go together."""
+        try:
+            self._eye()
+        except UsageError as error:
+            return [*super().check(job), Fault("[task]", str(error))]
+        return super().check(job)
+
+    def _eye(self) -> Path | None:
+        """The folder of the image encoder that the model is given, None where it has the input already."""
+        family = family_of(read_json(self.frame / "model_index.json"), "model_index.json")
+        if family == "unclip":
+            return None
+        config = read_json(self.frame / "unet" / "config.json") if family == "sd" else {}
+        if family != "sd" or config.get("class_embed_type") or config.get("num_class_embeds"):
+            given = FAMILIES[family].title + ", with classes" * (family == "sd")
+            raise UsageError(f"unclip takes a U-Net with one CLIP and no classes, not {given}")
+        eye = loading.BUILTIN / "clip" if self.encoder == "builtin" else Path(self.encoder)
+        if not self.encoder or not (eye / "config.json").is_file():
+            raise UsageError(f"encoder is {self.encoder!r:.120}; it takes the folder of a CLIP, or of its image half")
+        if not self.settings.cache:
+            raise UsageError("data.cache is empty; the widened model is kept there")
+        return eye
 
     @cached_property
     def bundle(self) -> Any:
