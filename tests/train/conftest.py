@@ -57,3 +57,19 @@ def seen() -> Callable[[Any], Tensor]:
             return model.network(x, torch.tensor([500, 20]), Cond(tokens=tokens))
 
     return out
+
+
+@pytest.fixture(scope="session")
+def taught() -> Callable[..., Any]:
+    """taught(task, steps=3): the net of a task after some steps of two samples."""
+
+    def stepped(task: Any, steps: int = 3) -> Any:
+        net = task.net()
+        optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 0.05)
+        for step in range(steps):
+            optimiser.zero_grad()
+            net(task.batch(0, range(2 * step, 2 * step + 2)))["loss"].backward()
+            optimiser.step()
+        return net
+
+    return stepped

@@ -27,18 +27,7 @@ def make(pictures: Callable[..., Path], tiny: Callable[[str], Path], tmp_path: P
     return task
 
 
-def taught(task: Any, steps: int = 3) -> Any:
-    """The net of a task after some steps."""
-    net = task.net()
-    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 0.05)
-    for step in range(steps):
-        optimiser.zero_grad()
-        net(task.batch(0, range(2 * step, 2 * step + 2)))["loss"].backward()
-        optimiser.step()
-    return net
-
-
-def test_keys_values_and_the_word_learn_and_nothing_else(make: Any, tiny: Any, tmp_path: Path, seen: Any) -> None:
+def test_keys_values_and_the_word_learn_and_nothing_else(make: Any, tiny: Any, tmp_path: Path, seen: Any, taught: Any) -> None:
     task = make().grouped(2)
     plain = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
     net = task.net()
@@ -56,7 +45,7 @@ def test_keys_values_and_the_word_learn_and_nothing_else(make: Any, tiny: Any, t
     assert torch.allclose(mine.bundle.text(["a <toy>"]).tokens, task.bundle.text(["a <toy>"]).tokens, atol=1e-6)
 
 
-def test_several_words_learn_together(make: Any, tiny: Any, tmp_path: Path, seen: Any, pictures: Any) -> None:
+def test_several_words_learn_together(make: Any, tiny: Any, tmp_path: Path, seen: Any, pictures: Any, taught: Any) -> None:
     """Of pictures that tell of them, one file of differences and a file for each word."""
     plain, told = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa"), pictures()
     for k, picture in enumerate(sorted(told.glob("*.png"))):

@@ -40,21 +40,10 @@ def make(photos: Path, tiny: Callable[[str], Path], tmp_path: Path) -> Callable[
     return task
 
 
-def taught(task: Any, steps: int = 3) -> Any:
-    """The net of a task after some steps."""
-    net = task.net()
-    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 0.05)
-    for step in range(steps):
-        optimiser.zero_grad()
-        net(task.batch(0, range(2 * step, 2 * step + 2)))["loss"].backward()
-        optimiser.step()
-    return net
-
-
 # --- textual inversion
 
 
-def test_only_the_new_rows_move_and_the_files_give_them_back(make: Any, tiny: Any, tmp_path: Path) -> None:
+def test_only_the_new_rows_move_and_the_files_give_them_back(make: Any, tiny: Any, tmp_path: Path, taught: Any) -> None:
     task = make(TextualInversion, vectors=2).grouped(2)
     plain = Pipeline.from_pretrained(str(tiny("eps")), "cpu", "fp32", "sdpa")
     before = task.bundle.text(["a <toy> on red"]).tokens
