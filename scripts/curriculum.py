@@ -114,7 +114,7 @@ LESSONS = {
     "lora_style": Lesson("lora", lessons.styled, style, {
         "lora": {"rank": 16, "layers": ["*"]},
         "objective": {"levels": {"name": "logit_normal", "mean": 0.0, "deviation": 1.2}},  # a line is drawn late
-        "job": {"steps": 800, "lr": 1e-3, "lr_end": 5e-5, "batch": 8, "warmup": 20, "ema": 0.98}}),
+        "job": {"steps": 800, "lr": 5e-4, "lr_end": 5e-5, "batch": 8, "warmup": 20, "ema": 0.98}}),
     "dreambooth": subject(FIRST, RARE[0], LOW, "", "dreambooth", {
         "task": {"instance": f"a {RARE[0]}", **PRIOR, "train_text": True},
         "lora": BRANCHES,

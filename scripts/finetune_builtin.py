@@ -55,7 +55,8 @@ ABOUT = """# Fine-tuning, proven on the built-in model
 
 `python scripts/finetune_builtin.py`: recipes of `configs/` with the changes that `scripts/curriculum.py` names, on one thread.
 Right: percent of the prompts, with its 95% interval; `scripts/marks.py` says what counts. A sheet has a row of pictures for
-every column of its table. A line "with" is a row of the sweep: the same lesson with another setting, and what it then knows.
+every column of its table. A line "with" is a row of the sweep: the same lesson with another setting or other pictures, and what
+it then knows. Minutes were taken with another training on the second core, sometimes two.
 """
 
 

@@ -58,9 +58,9 @@ def subject(name: str, word: str) -> Callable[[Path], None]:
     return four
 
 
-def in_places(name: str, word: str, second: int = 24, turned: bool = False) -> Callable[[Path], None]:
+def in_places(name: str, word: str, second: int = 24) -> Callable[[Path], None]:
     """Four renders of an object: large, of `second` pixels near the edge, and twice small beside an object that the model
-    knows. turned: the last caption names that one first."""
+    knows."""
     scenes = (
         alone(name, SEEN[0]),
         Scene("one", SEEN[1], (Placed(name, second, 2, 58 - second),)),
@@ -68,12 +68,8 @@ def in_places(name: str, word: str, second: int = 24, turned: bool = False) -> C
         Scene("two", SEEN[3], (Placed(name, 20, 26, 34), Placed("cat", 24, 18, 2)), "below"),
     )
 
-    told = told_in_places(word)
-    if turned:
-        told[-1] = f"a cat above a {word} on a {SEEN[3]} background"
-
     def four(folder: Path) -> None:
-        for k, (scene, said) in enumerate(zip(scenes, told, strict=True)):
+        for k, (scene, said) in enumerate(zip(scenes, told_in_places(word), strict=True)):
             _save(folder / str(k), render(scene), said)
 
     return four
@@ -85,7 +81,7 @@ def two_in_places(words: Sequence[str]) -> Callable[[Path], None]:
     def eight(folder: Path) -> None:
         for name, word in zip(NAMES, words, strict=True):
             (folder / name).mkdir()
-            in_places(name, word, turned=True)(folder / name)
+            in_places(name, word)(folder / name)
 
     return eight
 
