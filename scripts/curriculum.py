@@ -10,6 +10,7 @@ from typing import Any
 
 import lessons
 import marks
+import restorers
 from measuring import ROOT
 
 from ldm_pipe import Pipeline, adapted
@@ -56,15 +57,15 @@ def restored(operator: str, methods: tuple[str, ...], masked: bool) -> Any:
     """The trained model beside methods that take the built-in one as it is."""
 
     def rows(export: Path, plain: Pipeline) -> Rows:
-        base = marks.mean_fill if masked else marks.bicubic
-        found = {base.__name__.replace("_", " "): partial(marks.of_restored(operator, base), plain)}
+        base = restorers.mean_fill if masked else restorers.bicubic
+        found = {base.__name__.replace("_", " "): partial(restorers.of_restored(operator, base), plain)}
         for method in methods:
             found[f"{method}, not trained for it"] = partial(
-                marks.of_restored(operator, marks.zero_shot(operator, method)), plain
+                restorers.of_restored(operator, restorers.zero_shot(operator, method)), plain
             )
         taught = Pipeline.from_pretrained(str(export), "cpu", "fp32")
-        by = marks.concatenated(masked)
-        return found | {"trained": partial(marks.of_restored(operator, by), taught)}
+        by = restorers.concatenated(masked)
+        return found | {"trained": partial(restorers.of_restored(operator, by), taught)}
 
     return rows
 

@@ -30,7 +30,7 @@ def standing_out(picture: np.ndarray) -> np.ndarray:
 
 
 def outlined(scene: Scene) -> np.ndarray:
-    """A scene with a black line around its objects, three pixels wide: of one the codec keeps nothing, of two a blur."""
+    """A scene with a black line around its objects, three pixels wide."""
     picture = render(scene)
     inside = standing_out(picture)
     picture[ndimage.binary_dilation(inside, iterations=3) & ~inside] = 0
